@@ -1,0 +1,261 @@
+"""Configuration: frozen dataclasses, strict in names and types, to and from JSON. Presets live in configs/, one file a run.
+
+A preset is a Python file with `get_config() -> Config`; presets derive from each other with `dataclasses.replace`.
+`--set grpo.steps=4` changes one field; an unknown name or a value of another type is refused before any work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the field, the value and what is allowed."""
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Qwen3, dense. Field names follow the Hugging Face config where one exists."""
+
+    vocab_size: int = 0  # 0: taken from the tokenizer
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    intermediate_size: int = 384
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02  # of matrices
+    embedding_range: float = 0.2  # of the embedding; 0.02 learns ten times slower at this size
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} is odd; RoPE rotates pairs")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis; the product must equal the number of devices in use."""
+
+    data: int = 1
+    fsdp: int = 1
+    tp: int = 1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tasks and recordings come from: the embedded world (sizes below) or a corpus on disk."""
+
+    source: Literal["world", "sgd"] = "world"
+    path: str = ""  # folder of the corpus; unused for the world
+    train_tasks: int = 1500
+    validation_tasks: int = 100
+    test_tasks: int = 400
+    services: tuple[str, ...] = ()  # sgd: the subset of services; () is all
+    demonstrators: tuple[str, ...] = ("expert", "stopper", "wanderer")
+
+    def __post_init__(self) -> None:
+        _require(self.source == "world" or bool(self.path), f"data.path is empty; data.source={self.source!r} needs one")
+        for name in ("train_tasks", "validation_tasks", "test_tasks"):
+            _require(getattr(self, name) > 0, f"data.{name}={getattr(self, name)} must be positive")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A BPE trained on the recordings, with the fixed runs of the chat template as added tokens; or one from disk."""
+
+    path: str = ""  # folder with tokenizer.json; "" trains one
+    vocab_size: int = 1080
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How a call is keyed and answered (rooms: cache/)."""
+
+    key: Literal["raw", "canonical", "state"] = "state"  # state: canonical call + earlier writes it depends on
+    fuzzy_threshold: float = 0.5  # Jaccard similarity of typed key=value tokens
+    best_effort: bool = True
+    fidelity_exact: float = 1.0
+    fidelity_adapted: float = 0.95
+    fidelity_fuzzy: float = 0.3
+    fidelity_best_effort: float = 0.1
+    fidelity_miss: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "muon"] = "muon"  # muon: matrices by Muon, embeddings and scales by Adam
+    learning_rate: float = 0.02
+    adam_learning_rate: float = 3e-3  # muon's companion for non-matrices
+    warmup_steps: int = 20
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    steps: int = 1000
+    tokens_per_batch: int = 1024  # rows times padded length; rows are bucketed by length
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint_every: int = 200
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The agent loop and its engine (rooms: rollout/)."""
+
+    rows: int = 64  # compiled rows; never changes within a run, or bits differ
+    context: int = 384
+    decode_steps: int = 8  # tokens a dispatch
+    max_turns: int = 8
+    max_turn_tokens: int = 96
+    max_sampled_tokens: int = 320
+    max_tool_tokens: int = 128  # longer tool text is cut, in tokens
+    min_tokens_first_turn: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    steps: int = 20
+    prompts: int = 8
+    group: int = 16
+    advantage: Literal["paper", "calibrated"] = "calibrated"
+    process_weight: float = 0.5  # c of the calibrated advantage
+    kl_coef: float = 0.02
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    minibatches: int = 1  # optimizer steps a batch of rollouts
+    tokens_per_batch: int = 4096
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, adam_learning_rate=3e-4, warmup_steps=2, schedule="constant")
+    checkpoint_every: int = 5
+    validate_every: int = 5
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    temperature: float = 0.0
+    bootstrap: int = 10_000
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Each stage reads its own part; `seed` reaches every random draw by derivation."""
+
+    name: str = "demo"
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    cache: CacheConfig = CacheConfig()
+    sft: SftConfig = SftConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Config:
+        """Strict: unknown fields and values of another type raise ConfigError with the field's path."""
+        return _validated(_as_tuples(data))
+
+
+# JSON has no tuples; strict validation wants them back where the dataclass has them.
+def _as_tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _as_tuples(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return tuple(_as_tuples(v) for v in value)
+    return value
+
+
+def _known_fields(cls: type, data: Mapping[str, Any], path: str = "") -> None:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name, value in data.items():
+        if name not in fields:
+            known = ", ".join(fields)
+            raise ConfigError(f"unknown field {path + name!r}; {path.rstrip('.') or 'the config'} has: {known}")
+        default = fields[name].default if fields[name].default is not dataclasses.MISSING else None
+        if fields[name].default_factory is not dataclasses.MISSING:
+            default = fields[name].default_factory()
+        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
+            _known_fields(type(default), value, f"{path}{name}.")
+
+
+_ADAPTER: pydantic.TypeAdapter[Config] = pydantic.TypeAdapter(Config)
+
+
+def _validated(data: Mapping[str, Any]) -> Config:
+    _known_fields(Config, data)
+    try:
+        # JSON mode: ints are accepted for floats and lists for tuples, nothing else is converted.
+        return _ADAPTER.validate_json(json.dumps(data), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise ConfigError(f"{where or 'config'} = {first['input']!r}: {first['msg']}") from error
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with each "a.b=value" applied. Values are JSON; text that is not JSON is taken as a string."""
+    data = config.to_json()
+    for override in overrides:
+        path, eq, text = override.partition("=")
+        if not eq:
+            raise ConfigError(f"--set {override!r}: expected NAME=VALUE, for example grpo.steps=4")
+        node: Any = data
+        *parents, leaf = path.strip().split(".")
+        for parent in parents:
+            if not isinstance(node, dict) or parent not in node:
+                raise ConfigError(f"--set {override!r}: no field {parent!r}; known here: {', '.join(node)}")
+            node = node[parent]
+        if not isinstance(node, dict) or leaf not in node:
+            known = ", ".join(node) if isinstance(node, dict) else "none"
+            raise ConfigError(f"--set {override!r}: no field {leaf!r}; known here: {known}")
+        try:
+            node[leaf] = json.loads(text)
+        except json.JSONDecodeError:
+            node[leaf] = text
+    return _validated(data)
+
+
+def load_config(path: str | Path) -> Config:
+    """Runs a preset file and returns its `get_config()`; a .json file is read as written by `Config.to_json`."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    if path.suffix == ".json":
+        return Config.from_json(json.loads(path.read_text()))
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise ConfigError(f"{path} defines no get_config()")
+    config = get_config()
+    _require(isinstance(config, Config), f"get_config() of {path} returned {type(config).__name__}, expected Config")
+    return config
