@@ -1,0 +1,79 @@
+"""Where a run's tasks, transcripts and tools come from: the embedded world, or a recorded corpus without live tools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from cacherl_jax.config import Config
+from cacherl_jax.types import Effects, Task, ToolProvider, ToolSpec, Transcript
+
+
+class Corpus(Protocol):
+    specs: dict[str, ToolSpec]
+    provenance: dict[str, str]  # source and licence, carried into the stores
+
+    def tasks(self, split: str) -> list[Task]: ...
+
+    def transcript_count(self, split: str) -> int: ...
+
+    def transcripts(self, split: str) -> Iterator[Transcript]: ...
+
+    def live(self, split: str) -> ToolProvider | None:
+        """The tools themselves, where they can be run."""
+        ...
+
+
+class WorldCorpus:
+    """The embedded tool world, recorded live by its demonstrators."""
+
+    provenance = {"source": "cacherl_jax embedded tool world", "licence": "Apache-2.0"}
+
+    def __init__(self, config: Config) -> None:
+        from cacherl_jax.tools.world import tool_specs
+
+        self._config, self.specs = config, tool_specs()
+
+    def tasks(self, split: str) -> list[Task]:
+        from cacherl_jax.tools.world import make_tasks
+
+        return make_tasks(split, getattr(self._config.data, f"{split}_tasks"), self._config.seed)
+
+    def transcript_count(self, split: str) -> int:
+        return getattr(self._config.data, f"{split}_tasks") * len(self._config.data.demonstrators)
+
+    def transcripts(self, split: str) -> Iterator[Transcript]:
+        from cacherl_jax.tools.record import record
+
+        return record(
+            self.tasks(split), self._config.data.demonstrators, self.live(split), self.specs, self._config.seed
+        )
+
+    def live(self, split: str) -> ToolProvider:
+        from cacherl_jax.tools.world import LiveTools
+
+        return LiveTools(split, self._config.seed)
+
+
+def open_corpus(config: Config) -> Corpus:
+    """Raises ConfigError where the corpus named by `config.data` cannot be read."""
+    if config.data.source == "world":
+        return WorldCorpus(config)
+    from cacherl_jax.data.tasks import SgdCorpus
+
+    return SgdCorpus(config.data, config.seed)
+
+
+def specs_from_json(rows: Sequence[Mapping[str, Any]]) -> dict[str, ToolSpec]:
+    specs = {}
+    for row in rows:
+        effects = row["effects"]
+        specs[row["name"]] = ToolSpec(
+            row["name"],
+            row["description"],
+            row["parameters"],
+            Effects(tuple(effects["reads"]), tuple(effects["writes"]), effects["stochastic"], effects["time_dependent"]),
+        )
+    return specs
+
+

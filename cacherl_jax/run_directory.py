@@ -1,0 +1,105 @@
+"""The folder of one run: which stages are done, with which configuration, and how much CPU time they took.
+
+    OUT/run.json            configuration, versions
+    OUT/<stage>/            what the stage wrote
+    OUT/<stage>/done.json   written last: the stage's result and the configuration it depends on
+    OUT/cpu.jsonl           CPU-seconds of every attempt, interrupted ones included
+
+A stage that is done is not run again. A stage that was done with other settings is refused with the difference: results of
+two configurations never mix in one folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cacherl_jax import versions
+from cacherl_jax.config import Config, ConfigError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic: a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+class RunDirectory:
+    """`out` with the bookkeeping of stages. Creating one writes run.json; nothing else is touched."""
+
+    def __init__(self, out: Path, config: Config) -> None:
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--out {out} is a file, expected a folder")
+        self.out, self.config = out, config
+        write_json(out / "run.json", {"config": config.to_json(), "versions": versions.installed()})
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """The result of a finished stage, else None. Raises ConfigError when it ran with other settings."""
+        path = self.out / stage / "done.json"
+        if not path.is_file():
+            return None
+        saved = json.loads(path.read_text())
+        current = self._part(saved["settings"])
+        if current != saved["settings"]:
+            then, now = _flat(saved["settings"]), _flat(current)
+            changed = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in now if then.get(k) != now[k]]
+            raise ConfigError(
+                f"{self.out / stage} was made with other settings ({'; '.join(changed)}). "
+                f"Choose another --out, or delete {self.out / stage} and the stages after it."
+            )
+        return saved["result"]
+
+    def require(self, stage: str) -> dict[str, Any]:
+        """The result of a stage that must have run before."""
+        result = self.done(stage)
+        if result is None:
+            raise ConfigError(f"stage {stage!r} has not finished in {self.out}; run `cacherl {stage.split('/')[0]}` first")
+        return result
+
+    def run(self, stage: str, parts: Sequence[str], body: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """Runs `body(folder)` unless done. `parts` names the configuration that the stage depends on."""
+        result = self.done(stage)
+        if result is not None:
+            return result
+        folder = self.out / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._cpu_time(stage):
+            result = body(folder)
+        settings = self._part({part: None for part in parts})
+        write_json(folder / "done.json", {"settings": settings, "result": result})
+        return result
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU-seconds by stage, every recorded attempt counted."""
+        seconds: dict[str, float] = {}
+        path = self.out / "cpu.jsonl"
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            row = json.loads(line)
+            seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["cpu_seconds"]
+        return seconds
+
+    def _part(self, parts: dict[str, Any]) -> dict[str, Any]:
+        config = self.config.to_json()
+        return json.loads(json.dumps({part: config[part] for part in parts}))
+
+    @contextlib.contextmanager
+    def _cpu_time(self, stage: str) -> Iterator[None]:
+        start = time.process_time()
+        try:
+            yield
+        finally:
+            with (self.out / "cpu.jsonl").open("a") as f:
+                f.write(json.dumps({"stage": stage, "cpu_seconds": round(time.process_time() - start, 2)}) + "\n")
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for name, child in value.items() for k, v in _flat(child, f"{path}.{name}" if path else name).items()}

@@ -1,0 +1,192 @@
+"""GRPO from the cache. One step: sample a group of episodes a task, tools answered by the cache; score answer and process
+and weigh the answer by how faithfully the cache answered; center the scores in each group; push sampled tokens by their
+episode's advantage, clipped, with a KL penalty to the SFT model. Live tools are unreachable throughout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cacherl_jax import checkpoint, mesh, metrics
+from cacherl_jax.config import Config
+from cacherl_jax.data.pipeline import Row, bucket_lengths, bucketed
+from cacherl_jax.model import qwen3
+from cacherl_jax.reward import answer, process, tier
+from cacherl_jax.rollout import runner
+from cacherl_jax.rollout.engine import Engine
+from cacherl_jax.text.tokenizer import Tokenizer
+from cacherl_jax.tools import registry
+from cacherl_jax.train import advantages
+from cacherl_jax.train import step as steps
+from cacherl_jax.train.optimizer import make_optimizer
+from cacherl_jax.types import Task, ToolProvider, ToolSpec, Trajectory
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """The rollouts of one step in group order, with their rewards and advantages, all of length N."""
+
+    trajectories: Sequence[Trajectory]
+    answer_N: np.ndarray
+    process_N: np.ndarray
+    weight_N: np.ndarray
+    advantage_N: np.ndarray
+
+
+def score_groups(tasks: Sequence[Task], trajectories: Sequence[Trajectory], specs: Mapping[str, ToolSpec], config: Config) -> Scored:
+    """Rewards and advantages; `trajectories` holds `config.grpo.group` episodes of each task, one task after the other."""
+    group, kind = config.grpo.group, config.grpo.advantage
+    by_task = [task for task in tasks for _ in range(group)]
+    pairs = list(zip(by_task, trajectories, strict=True))
+    answer_N = np.array([answer.answer_reward(task, t) for task, t in pairs])
+    process_N = np.array([process.process_reward(task, t, specs).total for task, t in pairs])
+    weight = tier.paper_weight if kind == "paper" else tier.episode_weight
+    weight_N = np.array([weight(t) for t in trajectories])
+    advantage_N = np.concatenate(
+        [
+            advantages.advantages(
+                kind, answer_N[i : i + group], process_N[i : i + group], weight_N[i : i + group],
+                process_weight=config.grpo.process_weight,
+            )
+            for i in range(0, len(pairs), group)
+        ]
+    )  # fmt: skip
+    return Scored(trajectories, answer_N, process_N, weight_N, advantage_N)
+
+
+def rollout_metrics(scored: Scored) -> dict[str, Any]:
+    """What the report draws and what warns of a policy that leaves the cache."""
+    n = len(scored.trajectories)
+    tiers = Counter(o.tier.value for t in scored.trajectories for o in t.observations)
+    stops = Counter(t.stop.value for t in scored.trajectories)
+    return {
+        "reward": float((scored.answer_N + scored.process_N).mean() / 2),
+        "answer": float(scored.answer_N.mean()),
+        "process": float(scored.process_N.mean()),
+        "accuracy": float((scored.process_N >= 1.0).mean()),
+        "calls": float(sum(len(t.observations) for t in scored.trajectories) / n),
+        "tiers": {k: v / max(1, sum(tiers.values())) for k, v in sorted(tiers.items())},
+        "stops": dict(sorted(stops.items())),
+        "weight_advantage_cov": float(np.cov(scored.weight_N, scored.advantage_N, bias=True)[0, 1]),
+        "sampled_tokens": int(sum(t.sampled_T.sum() for t in scored.trajectories)),
+    }
+
+
+def select_tasks(tasks: Sequence[Task], step: int, count: int, seed: int) -> list[Task]:
+    """The tasks of a step: epochs of permutations of all tasks, addressed by step, so that resuming needs no state."""
+    chosen = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, index = divmod(position, len(tasks))
+        chosen.append(tasks[np.random.default_rng((seed, epoch)).permutation(len(tasks))[index]])
+    return chosen
+
+
+def train(
+    config: Config,
+    reference: qwen3.Qwen3,
+    tok: Tokenizer,
+    tasks: Sequence[Task],
+    specs: Mapping[str, ToolSpec],
+    provider: ToolProvider,
+    directory: Path,
+    *,
+    validate: Callable[[Engine, qwen3.Qwen3], float],
+    progress: Callable[..., metrics.Progress],
+) -> tuple[qwen3.Qwen3, int]:
+    """Trains from `reference` for `config.grpo.steps` steps, or goes on from the newest checkpoint in `directory`.
+
+    `validate` gives process accuracy on the validation tasks (from the cache). Returns the model and the number of live
+    tool calls made, which is 0 or the run ended in LiveToolError.
+    """
+    grpo = config.grpo
+    tx = make_optimizer(grpo.optimizer, grpo.steps * grpo.minibatches)
+    devices = mesh.make_mesh(config.mesh)
+    state = steps.TrainState.create(qwen3.copy(reference), tx)
+    update = steps.make_update(tx)
+    buckets = bucket_lengths(config.rollout.context)
+    engine = Engine(config.model, config.rollout, tok.im_end)
+    gradients_of = _gradients_of(config)
+    live_before = registry.live_call_count()
+    with registry.forbid_live(), checkpoint.Checkpoints(directory / "checkpoints", keep=1) as saved:
+        done, state = saved.restore(state) or (0, state)
+        log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done)
+        try:
+            with log, progress(total=grpo.steps, initial=done, desc="grpo") as bar:
+                if done == 0:
+                    log.write({"stage": "grpo", "step": 0, "validation": validate(engine, state.model)})
+                while done < grpo.steps:
+                    chosen = select_tasks(tasks, done, grpo.prompts, config.seed)
+                    episodes = [(task, sample) for task in chosen for sample in range(grpo.group)]
+                    # A task comes again in a later epoch: the step number keeps its samples apart.
+                    seed = int(np.random.SeedSequence((config.seed, done)).generate_state(1)[0])
+                    trajectories = runner.run(engine, state.model, tok, specs, episodes, provider, config.rollout, seed)
+                    scored = score_groups(chosen, trajectories, specs, config)
+                    write_rollouts(directory / "rollouts" / f"{done:05d}.jsonl", scored)
+                    rows = _rows(reference, scored, buckets, config, devices)
+                    values: dict[str, Any] = {}
+                    for part in np.array_split(np.arange(len(rows)), grpo.minibatches):
+                        batches = bucketed([rows[i] for i in part], buckets, grpo.tokens_per_batch)
+                        gradients, values = steps.accumulate(
+                            gradients_of, state.model, [mesh.place(batch, devices) for batch, _ in batches]
+                        )
+                        state, norm = update(state, gradients)
+                        values = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
+                    done += 1
+                    row = {"stage": "grpo", "step": done} | rollout_metrics(scored) | values
+                    if done % grpo.validate_every == 0 or done == grpo.steps:
+                        row["validation"] = validate(engine, state.model)
+                    log.write(row)
+                    bar.set_postfix(acc=f"{row['accuracy']:.2f}", kl=f"{row['kl']:.3f}", gap=f"{row['sampler_gap']:.1e}")
+                    bar.update(1)
+                    if done % grpo.checkpoint_every == 0:
+                        saved.save(done, state)
+        finally:
+            saved.save(done, state)
+    return state.model, registry.live_call_count() - live_before
+
+
+def _gradients_of(config: Config) -> Callable[..., steps.Gradients]:
+    grpo = config.grpo
+
+    def gradients_of(model: qwen3.Qwen3, batch: Any, share: Any) -> steps.Gradients:
+        return steps.grpo_gradients(
+            model, batch, share, clip_low=grpo.clip_low, clip_high=grpo.clip_high, kl_coef=grpo.kl_coef
+        )
+
+    return gradients_of
+
+
+def _rows(
+    reference: qwen3.Qwen3, scored: Scored, buckets: Sequence[int], config: Config, devices: Any
+) -> list[Row]:
+    """Rows of a step, with the reference's logprobs filled in."""
+    rows = [
+        Row(t.tokens_T, t.sampled_T, float(a), t.logprobs_T)
+        for t, a in zip(scored.trajectories, scored.advantage_N, strict=True)
+    ]
+    reference_logprobs: list[np.ndarray | None] = [None] * len(rows)
+    for batch, members in bucketed(rows, buckets, config.grpo.tokens_per_batch):
+        logprobs_BT = np.asarray(steps.score(reference, mesh.place(batch, devices)))
+        for b, i in enumerate(members):
+            reference_logprobs[i] = logprobs_BT[b, : len(rows[i].tokens_T)]
+    return [
+        Row(r.tokens_T, r.mask_T, r.advantage, r.logprobs_T, ref)
+        for r, ref in zip(rows, reference_logprobs, strict=True)
+    ]
+
+
+def write_rollouts(path: Path, scored: Scored) -> None:
+    """One JSON line an episode: the trajectory, its rewards, weight and advantage. Rewritten whole when a step is redone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = zip(scored.trajectories, scored.answer_N, scored.process_N, scored.weight_N, scored.advantage_N, strict=True)
+    with path.open("w") as f:
+        for trajectory, a, p, w, advantage in columns:
+            rewards = {"answer": float(a), "process": float(p), "weight": float(w), "advantage": float(advantage)}
+            f.write(json.dumps(trajectory.to_json() | {"rewards": rewards}, ensure_ascii=False) + "\n")

@@ -1,0 +1,131 @@
+"""One training step in two compiled parts: gradients of a batch, and the update.
+
+A batch of rollouts has rows of many lengths, so it is split into a few fixed shapes; their gradients are summed, each
+weighted by its share of the loss-carrying tokens, and one update follows. The sum equals the gradient of the whole batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cacherl_jax.model import qwen3
+from cacherl_jax.train import losses
+from cacherl_jax.types import Batch
+
+jax.tree_util.register_dataclass(Batch, data_fields=[f.name for f in dataclasses.fields(Batch)], meta_fields=[])
+
+# Tokens whose logits exist at one time: [LOGIT_CHUNK, V] is the largest array over the vocabulary.
+LOGIT_CHUNK = 4096
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What training changes: the model, the optimizer's state, and the number of updates made."""
+
+    model: qwen3.Qwen3
+    opt_state: Any
+    step: jax.Array
+
+    @classmethod
+    def create(cls, model: qwen3.Qwen3, tx: optax.GradientTransformation) -> TrainState:
+        return cls(model, tx.init(model), jnp.zeros((), jnp.int32))
+
+
+def _logprobs(model: qwen3.Qwen3, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    hidden_BTD = qwen3.forward(model, batch.tokens_BT, batch.segment_ids_BT)
+    return losses.token_logprobs(hidden_BTD, qwen3.unembedding(model), batch.tokens_BT, chunk=LOGIT_CHUNK)
+
+
+@jax.jit
+def score(model: qwen3.Qwen3, batch: Batch) -> jax.Array:
+    """Logprob of every token of the batch given those before it, [B, T] float32; entry 0 of a row is 0."""
+    return _logprobs(model, batch)[0]
+
+
+Gradients = tuple[Any, dict[str, jax.Array]]
+
+
+@jax.jit
+def sft_gradients(model: qwen3.Qwen3, batch: Batch, share: jax.Array) -> Gradients:
+    """Gradients and metrics of the SFT loss on one batch, both scaled by `share`, its part of the step's tokens."""
+
+    def loss_fn(model: qwen3.Qwen3) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logprobs_BT, _ = _logprobs(model, batch)
+        loss, metrics = losses.sft_loss(logprobs_BT, batch.loss_mask_BT)
+        return loss, metrics | {"loss": loss}
+
+    return _scaled(jax.grad(loss_fn, has_aux=True)(model), share)
+
+
+@partial(jax.jit, static_argnames=("clip_low", "clip_high", "kl_coef"))
+def grpo_gradients(
+    model: qwen3.Qwen3, batch: Batch, share: jax.Array, *, clip_low: float, clip_high: float, kl_coef: float
+) -> Gradients:
+    """Gradients and metrics of the GRPO loss on one batch, scaled by `share`."""
+
+    def loss_fn(model: qwen3.Qwen3) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logprobs_BT, entropy_BT = _logprobs(model, batch)
+        loss, metrics = losses.grpo_loss(
+            logprobs_BT,
+            batch.sampler_logprobs_BT,
+            batch.ref_logprobs_BT,
+            batch.loss_mask_BT,
+            batch.advantages_B,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            kl_coef=kl_coef,
+        )
+        tokens = jnp.maximum(batch.loss_mask_BT.sum(), 1.0)
+        entropy = (entropy_BT * batch.loss_mask_BT).sum() / tokens
+        gap = (jnp.abs(logprobs_BT - batch.sampler_logprobs_BT) * batch.loss_mask_BT).sum() / tokens
+        return loss, metrics | {"loss": loss, "entropy": entropy, "sampler_gap": gap}
+
+    return _scaled(jax.grad(loss_fn, has_aux=True)(model), share)
+
+
+def _scaled(gradients: Gradients, share: jax.Array) -> Gradients:
+    return jax.tree.map(lambda x: x * share, gradients)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add(total: Gradients, more: Gradients) -> Gradients:
+    return jax.tree.map(jnp.add, total, more)
+
+
+def accumulate(
+    gradients_of: Callable[[qwen3.Qwen3, Batch, jax.Array], Gradients], model: qwen3.Qwen3, batches: Iterable[Batch]
+) -> Gradients:
+    """The gradients and metrics of all `batches` as if they were one, weighted by loss-carrying tokens.
+
+    Raises ValueError when no token of any batch carries loss.
+    """
+    batches = list(batches)
+    tokens = [float(batch.loss_mask_BT[:, 1:].sum()) for batch in batches]
+    if not sum(tokens):
+        raise ValueError("no token of the batch carries loss")
+    total: Gradients | None = None
+    for batch, count in zip(batches, tokens, strict=True):
+        part = gradients_of(model, batch, jnp.float32(count / sum(tokens)))
+        total = part if total is None else _add(total, part)
+    assert total is not None
+    return total
+
+
+def make_update(tx: optax.GradientTransformation) -> Callable[[TrainState, Any], tuple[TrainState, jax.Array]]:
+    """The compiled update: (state, gradients) -> (state, norm of the gradients). The old state is donated."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, gradients: Any) -> tuple[TrainState, jax.Array]:
+        updates, opt_state = tx.update(gradients, state.opt_state, state.model)
+        model = optax.apply_updates(state.model, updates)
+        return TrainState(model, opt_state, state.step + 1), optax.global_norm(gradients)
+
+    return update
