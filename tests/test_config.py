@@ -1,0 +1,43 @@
+"""Configuration is strict in names and types, and survives a trip through JSON."""
+
+import json
+
+import pytest
+
+from cacherl_jax.config import Config, ConfigError, load_config, with_overrides
+
+
+def test_json_round_trip_keeps_every_field():
+    config = with_overrides(Config(), ["data.services=[\"Banks_1\"]", "grpo.optimizer.learning_rate=0.5", "name=trial"])
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert config.grpo.optimizer.learning_rate == 0.5 and config.sft.optimizer != config.grpo.optimizer
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grpo.stepz=4", "no field 'stepz'.*steps"),
+        ("grpoo.steps=4", "no field 'grpoo'.*grpo"),
+        ("grpo.steps=many", "grpo.steps = 'many'"),
+        ("grpo.steps=1.5", "grpo.steps = 1.5"),
+        ("grpo.steps=true", "grpo.steps = True"),
+        ("grpo.advantage=best", "'paper' or 'calibrated'"),
+        ("mesh=3", "mesh = 3"),
+        ("grpo", "NAME=VALUE"),
+        ("data.train_tasks=-1", "train_tasks=-1 must be positive"),
+        ("model.num_kv_heads=3", "num_heads=4 is not a multiple"),
+        ("data.source=sgd", "data.path is empty"),
+    ],
+)
+def test_wrong_overrides_name_the_field_the_value_and_what_is_allowed(override, message):
+    with pytest.raises(ConfigError, match=message):
+        with_overrides(Config(), [override])
+
+
+def test_unknown_field_in_a_file_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"grpo": {"step": 3}}))
+    with pytest.raises(ConfigError, match=r"unknown field 'grpo.step'"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "absent.py")
