@@ -1,0 +1,284 @@
+"""Qwen3, dense, as pure functions over a frozen pytree. Read top to bottom: parameters, block, forward, cached extension.
+
+Shapes: B rows, T tokens, D hidden, N query heads, K key-value heads, H head, F ffn, V vocabulary, L layers, S cache slots.
+Layers are stacked on a leading axis and scanned. Modules are `flax.nnx.Module`s used as immutable pytrees: only jax's own
+transformations touch them. Source: Qwen3 technical report (arXiv 2505.09388) and transformers' Qwen3ForCausalLM, whose
+outputs the parity test compares.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from cacherl_jax import mesh as meshes
+from cacherl_jax.config import ModelConfig
+from cacherl_jax.model.attention import attend
+
+
+class Weight(NamedTuple):
+    """A row of the table of parameters. init is the standard deviation's config field, or "ones"."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: str
+
+
+def layer_table(c: ModelConfig) -> dict[str, Weight]:
+    """The parameters of one layer, without the stacking axis: initialisation, sharding and loading follow from it."""
+    D, N, K, H, F = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size
+    matrix = "initializer_range"
+    return {
+        "attention_norm_D": Weight((D,), ("norm",), "ones"),
+        "query_DNH": Weight((D, N, H), ("embed", "heads", "head"), matrix),
+        "key_DKH": Weight((D, K, H), ("embed", "kv_heads", "head"), matrix),
+        "value_DKH": Weight((D, K, H), ("embed", "kv_heads", "head"), matrix),
+        "query_norm_H": Weight((H,), ("norm",), "ones"),
+        "key_norm_H": Weight((H,), ("norm",), "ones"),
+        "output_NHD": Weight((N, H, D), ("heads", "head", "embed"), matrix),
+        "mlp_norm_D": Weight((D,), ("norm",), "ones"),
+        "gate_DF": Weight((D, F), ("embed", "ffn"), matrix),
+        "up_DF": Weight((D, F), ("embed", "ffn"), matrix),
+        "down_FD": Weight((F, D), ("ffn", "embed"), matrix),
+    }
+
+
+def table(c: ModelConfig) -> dict[str, Any]:
+    """All parameters as the nested dict that checkpoints hold; layers stacked."""
+    V, D = c.vocab_size, c.hidden_size
+    layers = {
+        name: Weight((c.num_layers, *w.shape), ("layer", *w.axes), w.init) for name, w in layer_table(c).items()
+    }
+    top: dict[str, Any] = {"embed_VD": Weight((V, D), ("vocab", "embed"), "embedding_range")}
+    top |= {"layers": layers, "final_norm_D": Weight((D,), ("norm",), "ones")}
+    if not c.tie_word_embeddings:
+        top["unembed_VD"] = Weight((V, D), ("vocab", "embed"), "initializer_range")
+    return top
+
+
+class Layers(nnx.Module):
+    """The stacked parameters of all layers; inside the scan, those of one."""
+
+    def __init__(self, tree: dict[str, Any]) -> None:
+        for name, value in tree.items():
+            setattr(self, name, nnx.Param(value))
+
+
+class Qwen3(nnx.Module):
+    """The model's parameters and its static configuration."""
+
+    def __init__(self, config: ModelConfig, tree: dict[str, Any]) -> None:
+        self.config = config
+        self.embed_VD = nnx.Param(tree["embed_VD"])
+        self.layers = Layers(tree["layers"])
+        self.final_norm_D = nnx.Param(tree["final_norm_D"])
+        if not config.tie_word_embeddings:
+            self.unembed_VD = nnx.Param(tree["unembed_VD"])
+
+
+def from_dict(config: ModelConfig, tree: dict[str, Any]) -> Qwen3:
+    """The model from a nested dict of arrays shaped as `table(config)` says. Raises ValueError naming what differs."""
+    expected = table(config)
+    flat_expected, flat = _flat(expected), _flat(tree)
+    if flat_expected.keys() != flat.keys():
+        raise ValueError(f"parameters do not match: missing or surplus {sorted(flat_expected.keys() ^ flat.keys())}")
+    for name, weight in flat_expected.items():
+        if tuple(flat[name].shape) != weight.shape:
+            raise ValueError(f"parameter {name} has shape {tuple(flat[name].shape)}, expected {weight.shape}")
+    return Qwen3(config, tree)
+
+
+def to_dict(model: Qwen3) -> dict[str, Any]:
+    """The nested dict of arrays that `from_dict` takes and checkpoints hold."""
+    read = table(model.config)
+    layers = {name: getattr(model.layers, name)[...] for name in read["layers"]}
+    return {name: layers if name == "layers" else getattr(model, name)[...] for name in read}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for name, value in tree.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+def init(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Qwen3:
+    """Random parameters, each made on its own shard when `mesh` is given. Raises ConfigError if one does not divide."""
+    if config.vocab_size <= 0:
+        raise ValueError("model.vocab_size is not set; it comes from the tokenizer")
+    dtype = jnp.dtype(config.dtype)
+    weights = table(config)
+    flat = _flat(weights)
+    keys = dict(zip(flat, jax.random.split(key, len(flat)), strict=True))
+
+    def make(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
+        out = {}
+        for name, w in tree.items():
+            if isinstance(w, dict):
+                out[name] = make(f"{prefix}{name}.", w)
+            elif w.init == "ones":
+                out[name] = jnp.ones(w.shape, dtype)
+            else:
+                scale = getattr(config, w.init)
+                out[name] = (jax.random.normal(keys[prefix + name], w.shape, jnp.float32) * scale).astype(dtype)
+        return out
+
+    def build() -> dict[str, Any]:
+        return make("", weights)
+
+    if mesh is None:
+        return Qwen3(config, jax.jit(build)())
+    shardings = _map_table(lambda name, w: meshes.parameter_sharding(mesh, w.shape, w.axes, name), weights)
+    return Qwen3(config, jax.jit(build, out_shardings=shardings)())
+
+
+def _map_table(fn: Any, tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {
+        name: _map_table(fn, w, f"{prefix}{name}.") if isinstance(w, dict) else fn(prefix + name, w)
+        for name, w in tree.items()
+    }
+
+
+def copy(model: Qwen3) -> Qwen3:
+    """The same values in buffers of their own, for a caller that donates them."""
+    return jax.tree.map(jnp.copy, model)
+
+
+# ---- the block -------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, the statistics in float32."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def rope_angles(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """(sin, cos), [B, T, 1, H/2] in float32: bfloat16 would round position 257 to 256."""
+    half = config.head_dim // 2
+    frequencies_h = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies_h.reshape(1, 1, 1, -1)
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding over halves (first half with second), as in the reference implementation."""
+    sin, cos = angles
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def _qkv(layer: Layers, x_BTD: jax.Array, angles: Any, c: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    h_BTD = rms_norm(x_BTD, layer.attention_norm_D[...], c.rms_norm_eps)
+    q_BTNH = jnp.einsum("BTD,DNH->BTNH", h_BTD, layer.query_DNH[...])
+    k_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, layer.key_DKH[...])
+    v_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, layer.value_DKH[...])
+    q_BTNH = rotate(rms_norm(q_BTNH, layer.query_norm_H[...], c.rms_norm_eps), angles)
+    k_BTKH = rotate(rms_norm(k_BTKH, layer.key_norm_H[...], c.rms_norm_eps), angles)
+    return q_BTNH, k_BTKH, v_BTKH
+
+
+def _finish(layer: Layers, x_BTD: jax.Array, o_BTNH: jax.Array, c: ModelConfig) -> jax.Array:
+    x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", o_BTNH, layer.output_NHD[...])
+    h_BTD = rms_norm(x_BTD, layer.mlp_norm_D[...], c.rms_norm_eps)
+    gate_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", h_BTD, layer.gate_DF[...]))
+    up_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, layer.up_DF[...])
+    return x_BTD + jnp.einsum("BTF,FD->BTD", gate_BTF * up_BTF, layer.down_FD[...])
+
+
+# ---- forward: training and scoring -----------------------------------------------------------------------------------
+
+
+def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
+    """The index of each token within its segment: a token whose segment differs from the one before starts at 0."""
+    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None]
+    starts_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index_T - jax.lax.cummax(jnp.where(starts_BT, index_T, 0), axis=1)
+
+
+def forward(
+    model: Qwen3, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array | None = None
+) -> jax.Array:
+    """Hidden states after the final norm, [B, T, D]. Attention is causal and stays within a segment; 0 is padding."""
+    c = model.config
+    if positions_BT is None:
+        positions_BT = segment_positions(segment_ids_BT)
+    angles = rope_angles(positions_BT, c)
+    T = tokens_BT.shape[1]
+    causal_TS = jnp.tril(jnp.ones((T, T), bool))[None]
+    mask_BTS = causal_TS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+    x_BTD = jnp.take(model.embed_VD[...], tokens_BT, axis=0)
+
+    def block(x_BTD: jax.Array, layer: Layers) -> tuple[jax.Array, None]:
+        q_BTNH, k_BTKH, v_BTKH = _qkv(layer, x_BTD, angles, c)
+        o_BTNH = attend(q_BTNH, k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3), mask_BTS)
+        return _finish(layer, x_BTD, o_BTNH, c), None
+
+    x_BTD, _ = jax.lax.scan(block, x_BTD, model.layers)
+    return rms_norm(x_BTD, model.final_norm_D[...], c.rms_norm_eps)
+
+
+def unembedding(model: Qwen3) -> jax.Array:
+    """The output matrix [V, D]; the embedding itself where they are tied."""
+    return model.embed_VD[...] if model.config.tie_word_embeddings else model.unembed_VD[...]
+
+
+def logits(model: Qwen3, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [..., V]. For a few positions; whole sequences go through losses.token_logprobs."""
+    return jnp.einsum("...D,VD->...V", hidden, unembedding(model), preferred_element_type=jnp.float32)
+
+
+# ---- extend: rollouts ------------------------------------------------------------------------------------------------
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all rows, heads-major, [L, B, K, S, H]."""
+
+    k_LBKSH: jax.Array
+    v_LBKSH: jax.Array
+
+
+def init_cache(config: ModelConfig, rows: int, context: int) -> KVCache:
+    shape = (config.num_layers, rows, config.num_kv_heads, context, config.head_dim)
+    return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+def extend(
+    model: Qwen3, cache: KVCache, tokens_BT: jax.Array, starts_B: jax.Array, counts_B: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """Reads tokens into the cache: row b's first counts_b tokens go to positions starts_b onward.
+
+    Rows with count 0 keep their cache. Returns hidden states after the final norm, [B, T, D] (meaningless beyond a row's
+    count), and the cache. T = 1 decodes, larger T prefills. The caller keeps starts + counts <= S; what lies beyond is
+    dropped. The cache rides in the scan's carry, so that XLA updates it in place.
+    """
+    c = model.config
+    B, T = tokens_BT.shape
+    S = cache.k_LBKSH.shape[3]
+    steps_T = jnp.arange(T, dtype=jnp.int32)[None]
+    positions_BT = starts_B[:, None] + steps_T
+    slots_BT = jnp.where(steps_T < counts_B[:, None], positions_BT, S)  # S is out of range: not written
+    rows_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+    angles = rope_angles(positions_BT, c)
+    mask_BTS = jnp.arange(S, dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
+    x_BTD = jnp.take(model.embed_VD[...], tokens_BT, axis=0)
+
+    def block(carry: Any, xs: Any) -> tuple[Any, None]:
+        x_BTD, k_LBKSH, v_LBKSH = carry
+        layer, index = xs
+        q_BTNH, k_BTKH, v_BTKH = _qkv(layer, x_BTD, angles, c)
+        k_LBKSH = k_LBKSH.at[index, rows_B1, :, slots_BT].set(k_BTKH, mode="drop")
+        v_LBKSH = v_LBKSH.at[index, rows_B1, :, slots_BT].set(v_BTKH, mode="drop")
+        k_BKSH = jax.lax.dynamic_index_in_dim(k_LBKSH, index, keepdims=False)
+        v_BKSH = jax.lax.dynamic_index_in_dim(v_LBKSH, index, keepdims=False)
+        x_BTD = _finish(layer, x_BTD, attend(q_BTNH, k_BKSH, v_BKSH, mask_BTS), c)
+        return (x_BTD, k_LBKSH, v_LBKSH), None
+
+    layers = (model.layers, jnp.arange(c.num_layers, dtype=jnp.int32))
+    (x_BTD, k_LBKSH, v_LBKSH), _ = jax.lax.scan(block, (x_BTD, cache.k_LBKSH, cache.v_LBKSH), layers)
+    return rms_norm(x_BTD, model.final_norm_D[...], c.rms_norm_eps), KVCache(k_LBKSH, v_LBKSH)

@@ -1,0 +1,157 @@
+"""The model against transformers' Qwen3ForCausalLM, and against itself: cached, packed, causal."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacherl_jax.config import ModelConfig
+from cacherl_jax.model import hf, qwen3
+
+# Every field off its default, so that one which is never read shows.
+ODD = ModelConfig(
+    vocab_size=97,
+    hidden_size=48,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=20,
+    intermediate_size=56,
+    rope_theta=5_003.0,
+    rms_norm_eps=3e-3,
+    tie_word_embeddings=False,
+    initializer_range=0.15,
+    embedding_range=0.7,
+)
+
+
+def tokens_of(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, ODD.vocab_size, shape), jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return qwen3.init(ODD, jax.random.key(1))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def pair(request):
+    """Our model and transformers' with the same random weights, norms included."""
+    torch = pytest.importorskip("torch", reason="parity with transformers needs torch: pip install torch==2.13.0")
+    import transformers
+
+    config = dataclasses.replace(ODD, tie_word_embeddings=request.param)
+    theirs = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rms_norm_eps=config.rms_norm_eps,
+            tie_word_embeddings=config.tie_word_embeddings,
+            initializer_range=config.initializer_range,
+            attn_implementation="eager",
+        )
+    )
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
+    tensors = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
+    return torch, theirs, config, qwen3.from_dict(config, hf.from_hf(config, tensors))
+
+
+def test_logits_and_gradients_equal_transformers(pair):
+    torch, theirs, config, ours = pair
+    tokens_BT = tokens_of((2, 19))
+    targets = np.asarray(tokens_BT)
+    out = theirs(torch.tensor(targets).long(), labels=torch.tensor(targets).long())
+    out.loss.backward()
+
+    def loss_fn(model):
+        logits_BTV = qwen3.logits(model, qwen3.forward(model, tokens_BT, jnp.ones_like(tokens_BT)))
+        logprobs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
+        return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1).mean(), logits_BTV
+
+    (loss, logits_BTV), gradients = jax.value_and_grad(loss_fn, has_aux=True)(ours)
+    np.testing.assert_allclose(logits_BTV, out.logits.detach().numpy(), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(loss, out.loss.item(), rtol=1e-5)
+    ours_by_name = hf.to_hf(config, qwen3.to_dict(gradients))
+    theirs_by_name = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+    assert ours_by_name.keys() == theirs_by_name.keys()
+    for name, gradient in theirs_by_name.items():
+        np.testing.assert_allclose(ours_by_name[name], gradient, atol=1e-4, err_msg=name)
+
+
+def test_hf_names_and_layouts_round_trip(model):
+    tree = qwen3.to_dict(model)
+    jax.tree.map(np.testing.assert_array_equal, hf.from_hf(ODD, hf.to_hf(ODD, tree)), tree)
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ModelConfig)])
+def test_every_config_field_changes_the_model(field):
+    changed = {
+        "num_heads": 3, "num_kv_heads": 2, "head_dim": 24, "tie_word_embeddings": True, "dtype": "bfloat16", "vocab_size": 98,
+    }  # fmt: skip
+    value = getattr(ODD, field)
+    other = dataclasses.replace(ODD, **{field: changed.get(field, value * 2)})
+    tokens_BT = tokens_of((1, 9))
+
+    def outputs(config):
+        made = qwen3.init(config, jax.random.key(1))
+        return qwen3.logits(made, qwen3.forward(made, tokens_BT, jnp.ones_like(tokens_BT)))
+
+    a, b = outputs(ODD), outputs(other)
+    assert a.shape != b.shape or float(jnp.abs(a - b).max()) > 1e-4
+
+
+def test_cached_extension_equals_forward_token_by_token_and_in_chunks(model):
+    tokens_BT = tokens_of((3, 12))
+    expected_BTD = qwen3.forward(model, tokens_BT, jnp.ones_like(tokens_BT))
+    extend = jax.jit(qwen3.extend)
+    for chunk in (1, 5):  # 5 does not divide 12: the last chunk is ragged
+        cache, seen = qwen3.init_cache(ODD, 3, 16), 0
+        while seen < 12:
+            count = min(chunk, 12 - seen)
+            part_BT = jnp.zeros((3, chunk), jnp.int32).at[:, :count].set(tokens_BT[:, seen : seen + count])
+            starts_B, counts_B = jnp.full((3,), seen), jnp.full((3,), count)
+            hidden_BTD, cache = extend(model, cache, part_BT, starts_B, counts_B)
+            np.testing.assert_allclose(hidden_BTD[:, :count], expected_BTD[:, seen : seen + count], atol=2e-5)
+            seen += count
+
+
+def test_rows_that_wait_keep_their_cache(model):
+    cache = qwen3.init_cache(ODD, 2, 8)
+    _, cache = qwen3.extend(model, cache, tokens_of((2, 4)), jnp.array([0, 0]), jnp.array([4, 4]))
+    _, after = qwen3.extend(model, cache, tokens_of((2, 2), 1), jnp.array([4, 4]), jnp.array([0, 2]))
+    np.testing.assert_array_equal(after.k_LBKSH[:, 0], cache.k_LBKSH[:, 0])
+    assert np.abs(after.k_LBKSH[:, 1, :, 4:6]).min() > 0 and not np.any(after.k_LBKSH[:, 1, :, 6:])
+
+
+def test_packed_segments_equal_separate_rows(model):
+    a_1T, b_1T = tokens_of((1, 7), 2), tokens_of((1, 5), 3)
+    packed_BT = jnp.concatenate([a_1T, b_1T, jnp.zeros((1, 4), jnp.int32)], axis=1)
+    segments_BT = jnp.array([[1] * 7 + [2] * 5 + [0] * 4])
+    hidden_BTD = qwen3.forward(model, packed_BT, segments_BT)
+    np.testing.assert_allclose(hidden_BTD[:, :7], qwen3.forward(model, a_1T, jnp.ones_like(a_1T)), atol=1e-5)
+    np.testing.assert_allclose(hidden_BTD[:, 7:12], qwen3.forward(model, b_1T, jnp.ones_like(b_1T)), atol=1e-5)
+    assert np.isfinite(hidden_BTD).all()
+
+
+def test_no_position_sees_a_later_token(model):
+    """Causality by gradients: hidden t does not move with any embedding after t."""
+    tokens_BT = jnp.arange(10, dtype=jnp.int32)[None]  # distinct tokens: embedding row = position
+
+    def hidden_at(embed_VD, t):
+        tree = qwen3.to_dict(model) | {"embed_VD": embed_VD}
+        return qwen3.forward(qwen3.from_dict(ODD, tree), tokens_BT, jnp.ones_like(tokens_BT))[0, t].sum()
+
+    for t in (0, 4, 9):
+        moved_V = np.abs(jax.grad(hidden_at)(model.embed_VD[...], t)).sum(axis=1)[:10]
+        assert (moved_V[: t + 1] > 0).all() and not moved_V[t + 1 :].any()
