@@ -1,0 +1,68 @@
+"""Agents of stated competence that act live, as real corpora mix them.
+
+expert    follows an accepted reference and answers with what was asked.
+stopper   is right as far as it goes, but on tasks of two calls or more often stops early (mostly after the first) and
+          answers with what it has.
+wanderer  finishes, but on tasks with calls makes one needless call on the way: repeats a call it has just made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from cacherl_jax.tools.world.phrasing import CANNED
+from cacherl_jax.types import Observation, Task, ToolCall
+
+# Shares of the tasks with two calls or more that a stopper cuts, and of the cuts that come right after the first call.
+STOP_SHARE, FIRST_SHARE = 0.9, 0.7
+
+Plan = tuple[ToolCall, ...]
+
+
+def expert(task: Task, rng: np.random.Generator) -> Plan:
+    return task.references[int(rng.integers(len(task.references)))]
+
+
+def stopper(task: Task, rng: np.random.Generator) -> Plan:
+    plan = expert(task, rng)
+    if len(plan) < 2 or rng.random() >= STOP_SHARE:
+        return plan
+    return plan[: 1 if rng.random() < FIRST_SHARE else int(rng.integers(1, len(plan)))]
+
+
+def wanderer(task: Task, rng: np.random.Generator) -> Plan:
+    plan = expert(task, rng)
+    if not plan:
+        return plan
+    at = int(rng.integers(len(plan)))
+    return (*plan[: at + 1], plan[at], *plan[at + 1 :])
+
+
+DEMONSTRATORS: Mapping[str, Callable[[Task, np.random.Generator], Plan]] = {
+    "expert": expert,
+    "stopper": stopper,
+    "wanderer": wanderer,
+}
+
+
+def reply(task: Task, observations: list[Observation]) -> str:
+    """The closing sentence: the fact asked for if a result holds it, else the first thing that the last result says."""
+    if not observations:
+        fact = task.facts[0]
+        return CANNED.get(fact, f"The id is {fact}.")
+    for fact in task.facts:
+        for observation in reversed(observations):
+            for field, value in _fields(observation.result.content):
+                if str(value) == fact:
+                    return f"The {field} is {value}."
+    field, value = _fields(observations[-1].result.content)[0]
+    return f"The {field} is {value}."
+
+
+def _fields(content: str) -> list[tuple[str, object]]:
+    value = json.loads(content)
+    rows = value if isinstance(value, list) else [value]
+    return [item for row in rows for item in row.items()]
