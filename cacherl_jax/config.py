@@ -84,7 +84,7 @@ class TokenizerConfig:
     """A BPE trained on the recordings, with the fixed runs of the chat template as added tokens; or one from disk."""
 
     path: str = ""  # folder with tokenizer.json; "" trains one
-    vocab_size: int = 1080
+    vocab_size: int = 680
 
 
 @dataclass(frozen=True)

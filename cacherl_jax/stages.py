@@ -99,7 +99,7 @@ def think(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any
         counts, teacher, thought = ThinkingReport(), ScriptedTeacher(specs), []
         with progress(total=len(transcripts), desc="think") as bar:
             for transcript in transcripts:
-                thought.append(add_thinking(transcript, teacher, specs, counts))
+                thought.append(add_thinking(transcript, teacher, counts))
                 bar.update(1)
         write_transcripts(folder / "transcripts.jsonl", thought)
         if run.config.tokenizer.path:

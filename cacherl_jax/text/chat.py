@@ -339,8 +339,10 @@ def template_runs(specs: Sequence[ToolSpec]) -> list[str]:
         "}" + CALL_CLOSE,
     ]
     for spec in specs:
-        runs += [tool_line(spec), f"{spec.name}{CALL_MIDDLE}{{"]
-        for name, schema in spec.parameters.get("properties", {}).items():
+        runs += [tool_line(spec), spec.name, f"{spec.name}{CALL_MIDDLE}{{"]
+        for i, (name, schema) in enumerate(spec.parameters.get("properties", {}).items()):
             quote = '"' if schema.get("type", "string") == "string" else ""
+            if i == 0:
+                runs.append(f'{spec.name}{CALL_MIDDLE}{{"{name}": {quote}')
             runs += [f'"{name}": {quote}', f', "{name}": {quote}', f'", "{name}": {quote}']
     return list(dict.fromkeys(runs))

@@ -1,0 +1,38 @@
+"""Transcripts as JSON Lines in OpenAI's message form."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from cacherl_jax.types import Transcript
+
+
+def read_transcripts(path: Path) -> tuple[list[Transcript], list[str]]:
+    """The transcripts of a file, and a line "FILE:LINE: reason" for each that cannot be read. Bad lines cost only
+    themselves. Raises FileNotFoundError when there is no file."""
+    transcripts, problems = [], []
+    with path.open("rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                transcripts.append(Transcript.from_json(json.loads(line)))
+            except (ValueError, AttributeError, TypeError) as error:  # undecodable bytes, broken JSON, wrong shapes
+                problems.append(f"{path}:{number}: {error}")
+    return transcripts, problems
+
+
+def write_transcripts(path: Path, transcripts: Iterable[Transcript]) -> int:
+    """Writes all of them or, if interrupted, none: the file appears whole. Returns their number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    count = 0
+    with temporary.open("w", encoding="utf-8") as f:
+        for transcript in transcripts:
+            f.write(json.dumps(transcript.to_json(), ensure_ascii=False) + "\n")
+            count += 1
+    os.replace(temporary, path)
+    return count
