@@ -1,0 +1,53 @@
+"""A recorded corpus into a store, and a corpus looked up in one: the counts that tell what a cache can answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from cacherl_jax.cache.key import KeyMode
+from cacherl_jax.cache.lookup import keyed_calls
+from cacherl_jax.cache.store import SQLiteStore
+from cacherl_jax.types import ToolSpec, Transcript
+
+
+def import_transcripts(
+    store: SQLiteStore, transcripts: Iterable[Transcript], specs: Mapping[str, ToolSpec], mode: KeyMode
+) -> dict[str, int]:
+    """Adds all calls, in order and in one transaction.
+
+    calls; distinct keys; conflicting: keys with more than one result; hits_while_filling: calls whose key was there.
+    """
+    results: dict[bytes, set[str]] = {}
+    calls = hits = 0
+    with store.transaction():
+        store.set_metadata("key", mode)
+        for transcript in transcripts:
+            for key, call, arguments, writes, result in keyed_calls(transcript, specs, mode):
+                calls += 1
+                hits += key in results
+                results.setdefault(key, set()).add(result.content)
+                store.add(key, call.name, arguments, writes, result)
+    conflicting = sum(len(values) > 1 for values in results.values())
+    return {"calls": calls, "distinct": len(results), "conflicting": conflicting, "hits_while_filling": hits}
+
+
+def lookup_transcripts(
+    store: SQLiteStore, transcripts: Iterable[Transcript], specs: Mapping[str, ToolSpec], mode: KeyMode
+) -> dict[str, int]:
+    """Asks the store for every recorded call and compares with the recording.
+
+    exact_hits: the key is stored; recorded_among_stored: so is this very result; recorded_is_most_frequent: and no other
+    result was seen more often (the first stored wins a tie: a statistic of the import, not how answers are served).
+    """
+    results: dict[bytes, set[str]] = {}
+    counts = dict.fromkeys(("calls", "exact_hits", "recorded_among_stored", "recorded_is_most_frequent"), 0)
+    for transcript in transcripts:
+        for key, _, _, _, result in keyed_calls(transcript, specs, mode):
+            counts["calls"] += 1
+            results.setdefault(key, set()).add(result.content)
+            if stored := store.get(key):
+                counts["exact_hits"] += 1
+                counts["recorded_among_stored"] += any(e.result == result for e in stored)
+                counts["recorded_is_most_frequent"] += stored[0].result == result
+    conflicting = sum(len(values) > 1 for values in results.values())
+    return {"calls": counts.pop("calls"), "distinct": len(results), "conflicting": conflicting} | counts
