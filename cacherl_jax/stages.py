@@ -26,7 +26,7 @@ from cacherl_jax import corpus as corpora
 from cacherl_jax.cache.lookup import CachedTools, record_transcript
 from cacherl_jax.cache.store import SQLiteStore
 from cacherl_jax.config import Config, ModelConfig
-from cacherl_jax.evaluate import coverage, process_accuracy, report
+from cacherl_jax.evaluate import coverage, intervals, process_accuracy, report
 from cacherl_jax.model import qwen3
 from cacherl_jax.reward import answer, process
 from cacherl_jax.rollout import runner
@@ -209,12 +209,12 @@ def evaluate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, 
                     trajectories = load_trajectories(path)
                     results[f"{policy}.{source}"] = process_accuracy.evaluate(tasks, trajectories, specs).to_json()
         results["coverage"] = {
-            split: coverage.coverage(load_tasks(run, split), open_cache(run, split, specs), specs).to_json()
+            split: coverage.coverage(load_tasks(run, split), open_cache(run, split, specs)).to_json()
             for split in SPLITS
         }
         before, after = (_correct(folder / f"{p}.{'live' if live else 'cached'}.jsonl", tasks, specs) for p in ("sft", "grpo"))
         results["gain"] = dataclasses.asdict(
-            process_accuracy.paired_difference(after, before, seed=config.seed, draws=config.eval.bootstrap)
+            intervals.paired_difference(after, before, seed=config.seed, draws=config.eval.bootstrap)
         )
         return results
 

@@ -1,0 +1,54 @@
+"""95 % intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval and the number of observations."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def to_json(self) -> dict[str, float]:
+        return dataclasses.asdict(self)
+
+
+def wilson(successes: float, n: int) -> Interval:
+    """Wilson's score interval of a proportion (E. B. Wilson, 1927). Without observations: [0, 1]."""
+    if n == 0:
+        return Interval(0.0, 0.0, 1.0, 0)
+    p = successes / n
+    centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n)) / (1 + Z95**2 / n)
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def bootstrap_mean(values: Sequence[float], *, seed: int = 0, draws: int = 10_000) -> Interval:
+    """Percentile bootstrap of a mean over tasks; for shares that are not 0 or 1."""
+    values_N = np.asarray(values, np.float64)
+    if not len(values_N):
+        return Interval(0.0, 0.0, 1.0, 0)
+    rng = np.random.default_rng(seed)
+    # In blocks: draws x N indices of a large evaluation would not fit.
+    means = [values_N[rng.integers(0, len(values_N), (100, len(values_N)))].mean(axis=1) for _ in range(-(-draws // 100))]
+    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
+    return Interval(float(values_N.mean()), float(low), float(high), len(values_N))
+
+
+def paired_difference(after: Sequence[float], before: Sequence[float], *, seed: int, draws: int) -> Interval:
+    """The mean of after - before on the same tasks, bootstrapped over tasks. Raises ValueError for unequal lengths."""
+    if len(after) != len(before):
+        raise ValueError(f"paired values differ in number: {len(after)} and {len(before)}")
+    return bootstrap_mean(np.subtract(after, before).tolist(), seed=seed, draws=draws)

@@ -1,0 +1,78 @@
+"""How well an episode's calls match the reference, graded, so that a group of imperfect rollouts still has an order.
+
+In the spirit of ToolRL (arXiv 2504.13958): names, parameter names and values are scored apart. Calls are aligned in order
+with each accepted reference; the best one counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cacherl_jax.cache.key import canonical_call
+from cacherl_jax.types import Task, ToolCall, ToolSpec, Trajectory
+
+
+@dataclass(frozen=True)
+class ProcessReward:
+    """Parts in [0, 1], and their total. `milestones`: share of reference calls matched exactly, in order; `names`,
+    `parameters`, `values`: mean match of aligned calls over the reference; `economy`: reference calls over calls made, at
+    most 1. total = (0.2 names + 0.1 parameters + 0.3 values + 0.4 milestones) * economy; 1 only for an exact match.
+    Where no call is needed: 1 without any call, else 0."""
+
+    names: float
+    parameters: float
+    values: float
+    milestones: float
+    economy: float
+    total: float
+
+
+WEIGHTS = {"names": 0.2, "parameters": 0.1, "values": 0.3, "milestones": 0.4}
+
+
+def process_reward(task: Task, trajectory: Trajectory, specs: Mapping[str, ToolSpec]) -> ProcessReward:
+    """The reward of an episode's calls, failed and malformed ones included."""
+    scored = (match_calls(reference, trajectory.calls, specs) for reference in task.references)
+    return max(scored, key=lambda r: r.total)
+
+
+def match_calls(
+    reference: Sequence[ToolCall], calls: Sequence[ToolCall], specs: Mapping[str, ToolSpec]
+) -> ProcessReward:
+    """Scores `calls` against one reference sequence."""
+    if not reference:
+        value = float(not calls)
+        return ProcessReward(value, value, value, value, value, value)
+    # Best alignment in order, as in a longest common subsequence, each pair worth its weighted match.
+    rows = [[(0.0, (0.0, 0.0, 0.0, 0.0))] * (len(calls) + 1) for _ in range(len(reference) + 1)]
+    for i, wanted in enumerate(reference):
+        for j, made in enumerate(calls):
+            parts = _match(wanted, made, specs)
+            worth = sum(w * p for w, p in zip(WEIGHTS.values(), parts, strict=True))
+            before, sums = rows[i][j]
+            paired = (before + worth, tuple(a + b for a, b in zip(sums, parts, strict=True)))
+            rows[i + 1][j + 1] = max(paired, rows[i][j + 1], rows[i + 1][j])
+    total, sums = rows[-1][-1]
+    n = len(reference)
+    names, parameters, values, milestones = (s / n for s in sums)
+    economy = min(1.0, n / max(1, len(calls)))
+    return ProcessReward(names, parameters, values, milestones, economy, total / n * economy)
+
+
+def _match(wanted: ToolCall, made: ToolCall, specs: Mapping[str, ToolSpec]) -> tuple[float, float, float, float]:
+    """(names, parameters, values, exact) of one pair; nothing counts where the tool differs."""
+    if wanted.name != made.name:
+        return 0.0, 0.0, 0.0, 0.0
+    spec = specs.get(wanted.name)
+    if canonical_call(wanted, spec) == canonical_call(made, spec):
+        return 1.0, 1.0, 1.0, 1.0
+    try:
+        ours, theirs = made.parsed(), wanted.parsed()
+    except (ValueError, RecursionError):
+        return 1.0, 0.0, 0.0, 0.0
+    both, either = ours.keys() & theirs.keys(), ours.keys() | theirs.keys()
+    if not either:
+        return 1.0, 1.0, 1.0, 1.0
+    equal = sum(ours[k] == theirs[k] for k in both)
+    return 1.0, len(both) / len(either), equal / len(either), 0.0

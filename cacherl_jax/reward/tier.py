@@ -1,0 +1,30 @@
+"""How far an episode's answer can be credited, given how faithfully its calls were answered."""
+
+from __future__ import annotations
+
+import math
+
+from cacherl_jax.types import Tier, Trajectory
+
+# The paper's weights by the worst tier of a rollout (paper.md, section 3). It names three tiers; a miss is answered worse
+# than best effort, an adapted answer no better than fuzzy, and live or no calls are as good as exact.
+PAPER_WEIGHTS: dict[Tier | None, float] = {
+    None: 0.6,
+    Tier.LIVE: 0.6,
+    Tier.LOOP: 0.6,
+    Tier.EXACT: 0.6,
+    Tier.ADAPTED: 0.3,
+    Tier.FUZZY: 0.3,
+    Tier.BEST_EFFORT: 0.1,
+    Tier.MISS: 0.1,
+}
+
+
+def paper_weight(trajectory: Trajectory) -> float:
+    """The answer's weight a in the paper's reward a R_answer + (1 - a) R_process."""
+    return PAPER_WEIGHTS[trajectory.worst_tier]
+
+
+def episode_weight(trajectory: Trajectory) -> float:
+    """The product of the fidelities of the episode's observations, in [0, 1]; 1 without a call (paper.md, "Calibrated")."""
+    return math.prod(o.fidelity for o in trajectory.observations)
