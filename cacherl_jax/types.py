@@ -311,8 +311,8 @@ class Trajectory:
     """One episode of our policy, token by token.
 
     tokens_T int32; sampled_T bool, True where the policy sampled the token (the loss mask); logprobs_T float32, the
-    sampler's logprob under the untempered policy, 0 where injected. segments cover [0, T) in order. calls: every call the
-    policy made, with its observation at the same index in `observations`; malformed ones have name "" there.
+    sampler's logprob under the untempered policy, 0 where injected. segments cover [0, T) in order. observations: one a
+    call in the order made; a malformed call has name "" and its text as arguments.
     answer: the last reply's text outside <think>. reasoning_leaked: that text contains a think marker.
     """
 
@@ -331,7 +331,8 @@ class Trajectory:
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
-        return tuple(o.call for o in self.observations)
+        """Every call, malformed and failed ones included; a remark on an unfinished thought answers no call."""
+        return tuple(o.call for o in self.observations if o.call.name or o.call.arguments)
 
     @property
     def worst_tier(self) -> Tier | None:

@@ -249,13 +249,19 @@ def init_cache(config: ModelConfig, rows: int, context: int) -> KVCache:
 
 
 def extend(
-    model: Qwen3, cache: KVCache, tokens_BT: jax.Array, starts_B: jax.Array, counts_B: jax.Array
+    model: Qwen3,
+    cache: KVCache,
+    tokens_BT: jax.Array,
+    starts_B: jax.Array,
+    counts_B: jax.Array,
+    rows_B: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Reads tokens into the cache: row b's first counts_b tokens go to positions starts_b onward.
 
-    Rows with count 0 keep their cache. Returns hidden states after the final norm, [B, T, D] (meaningless beyond a row's
-    count), and the cache. T = 1 decodes, larger T prefills. The caller keeps starts + counts <= S; what lies beyond is
-    dropped. The cache rides in the scan's carry, so that XLA updates it in place.
+    rows_B names the cache row of each b, all different; by default they are the cache's rows in order. Rows with count 0
+    keep their cache. Returns hidden states after the final norm, [B, T, D] (meaningless beyond a row's count), and the
+    cache. T = 1 decodes, larger T prefills. The caller keeps starts + counts <= S; what lies beyond is dropped. The cache
+    rides in the scan's carry, so that XLA updates it in place.
     """
     c = model.config
     B, T = tokens_BT.shape
@@ -263,7 +269,7 @@ def extend(
     steps_T = jnp.arange(T, dtype=jnp.int32)[None]
     positions_BT = starts_B[:, None] + steps_T
     slots_BT = jnp.where(steps_T < counts_B[:, None], positions_BT, S)  # S is out of range: not written
-    rows_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+    rows_B1 = (jnp.arange(B, dtype=jnp.int32) if rows_B is None else rows_B)[:, None]
     angles = rope_angles(positions_BT, c)
     mask_BTS = jnp.arange(S, dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
     x_BTD = jnp.take(model.embed_VD[...], tokens_BT, axis=0)
@@ -276,6 +282,8 @@ def extend(
         v_LBKSH = v_LBKSH.at[index, rows_B1, :, slots_BT].set(v_BTKH, mode="drop")
         k_BKSH = jax.lax.dynamic_index_in_dim(k_LBKSH, index, keepdims=False)
         v_BKSH = jax.lax.dynamic_index_in_dim(v_LBKSH, index, keepdims=False)
+        if rows_B is not None:
+            k_BKSH, v_BKSH = k_BKSH[rows_B], v_BKSH[rows_B]
         x_BTD = _finish(layer, x_BTD, attend(q_BTNH, k_BKSH, v_BKSH, mask_BTS), c)
         return (x_BTD, k_LBKSH, v_LBKSH), None
 
