@@ -10,7 +10,7 @@ import numpy as np
 
 from cacherl_jax.tools.registry import run_live
 from cacherl_jax.tools.world.database import DAYS, SPLITS, Database, database
-from cacherl_jax.tools.world.phrasing import PHRASES
+from cacherl_jax.tools.world.phrasing import phrases
 from cacherl_jax.tools.world.tools import _TOOLS, tool_specs
 from cacherl_jax.types import Message, Task, ToolCall
 
@@ -243,10 +243,8 @@ def make_tasks(split: str, count: int, seed: int) -> list[Task]:
         kind = str(rng.choice(FAMILIES[family][1]))
         episode = _Episode(rows, rng)
         entities = _MAKERS[family](episode, kind)
-        phrase = str(rng.choice(PHRASES[kind][SPLITS.index(split)]))
-        text = phrase.format(**entities)
-        # Greetings are few and may repeat; a request about entities may not.
-        if text in asked and phrase != text:
+        text = str(rng.choice(phrases(kind, split))).format(**entities)
+        if text in asked:
             repeats += 1
             if repeats > 50 * count:
                 raise ValueError(f"the world's {split} split has no {count} different tasks")
