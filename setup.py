@@ -1,5 +1,7 @@
 """Installation. The core is light: no accelerator build of jax, no torch, no tensorflow. See the extras."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 EXTRAS = {
@@ -24,7 +26,7 @@ setup(
     name="cacherl_jax",
     version="0.1.0",
     description="CacheRL in JAX: train multi-step tool-calling agents by SFT and GRPO without calling a live tool",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

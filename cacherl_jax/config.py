@@ -71,6 +71,7 @@ class DataConfig:
     validation_tasks: int = 100
     test_tasks: int = 400
     services: tuple[str, ...] = ()  # sgd: the subset of services; () is all
+    unseen_services: tuple[str, ...] = ()  # sgd: services that only the test split has
     demonstrators: tuple[str, ...] = ("expert", "stopper", "wanderer")
 
     def __post_init__(self) -> None:

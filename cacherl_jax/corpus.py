@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 from cacherl_jax.config import Config
 from cacherl_jax.types import Effects, Task, ToolProvider, ToolSpec, Transcript
@@ -11,7 +11,7 @@ from cacherl_jax.types import Effects, Task, ToolProvider, ToolSpec, Transcript
 
 class Corpus(Protocol):
     specs: dict[str, ToolSpec]
-    provenance: dict[str, str]  # source and licence, carried into the stores
+    provenance: ClassVar[dict[str, str]]  # source and licence, carried into the stores
 
     def tasks(self, split: str) -> list[Task]: ...
 
@@ -27,7 +27,7 @@ class Corpus(Protocol):
 class WorldCorpus:
     """The embedded tool world, recorded live by its demonstrators."""
 
-    provenance = {"source": "cacherl_jax embedded tool world", "licence": "Apache-2.0"}
+    provenance: ClassVar[dict[str, str]] = {"source": "cacherl_jax embedded tool world", "licence": "Apache-2.0"}
 
     def __init__(self, config: Config) -> None:
         from cacherl_jax.tools.world import tool_specs
@@ -45,9 +45,7 @@ class WorldCorpus:
     def transcripts(self, split: str) -> Iterator[Transcript]:
         from cacherl_jax.tools.record import record
 
-        return record(
-            self.tasks(split), self._config.data.demonstrators, self.live(split), self.specs, self._config.seed
-        )
+        return record(self.tasks(split), self._config.data.demonstrators, self.live(split), self.specs, self._config.seed)
 
     def live(self, split: str) -> ToolProvider:
         from cacherl_jax.tools.world import LiveTools
@@ -61,7 +59,7 @@ def open_corpus(config: Config) -> Corpus:
         return WorldCorpus(config)
     from cacherl_jax.data.tasks import SgdCorpus
 
-    return SgdCorpus(config.data, config.seed)
+    return SgdCorpus(config.data)
 
 
 def specs_from_json(rows: Sequence[Mapping[str, Any]]) -> dict[str, ToolSpec]:
@@ -75,5 +73,3 @@ def specs_from_json(rows: Sequence[Mapping[str, Any]]) -> dict[str, ToolSpec]:
             Effects(tuple(effects["reads"]), tuple(effects["writes"]), effects["stochastic"], effects["time_dependent"]),
         )
     return specs
-
-

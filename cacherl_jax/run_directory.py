@@ -72,7 +72,7 @@ class RunDirectory:
         folder.mkdir(parents=True, exist_ok=True)
         with self._cpu_time(stage):
             result = body(folder)
-        settings = self._part({part: None for part in parts})
+        settings = self._part(dict.fromkeys(parts))
         write_json(folder / "done.json", {"settings": settings, "result": result})
         return result
 

@@ -24,7 +24,7 @@ import jax
 from cacherl_jax import checkpoint, metrics
 from cacherl_jax import corpus as corpora
 from cacherl_jax.cache.lookup import CachedTools, record_transcript
-from cacherl_jax.cache.store import SQLiteStore
+from cacherl_jax.cache.store import SQLiteStore, snapshot_id
 from cacherl_jax.config import Config, ModelConfig
 from cacherl_jax.evaluate import coverage, intervals, process_accuracy, report
 from cacherl_jax.model import qwen3
@@ -77,7 +77,7 @@ def record(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, An
                     "tasks": len(tasks),
                     "transcripts": len(transcripts),
                     "calls": sum(len(m.tool_calls) for t in transcripts for m in t.messages),
-                    "snapshot": store.snapshot_id(),
+                    "snapshot": snapshot_id(store),
                 }
             if split == "train":
                 write_transcripts(folder / "transcripts.jsonl", transcripts)
@@ -169,9 +169,7 @@ def reinforce(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str,
 
         reference = load_policy(run, "sft", config)
         tasks = load_tasks(run, "train")
-        _, live_calls = grpo.train(
-            config, reference, tok, tasks, specs, training, folder, validate=validate, progress=progress
-        )
+        _, live_calls = grpo.train(config, reference, tok, tasks, specs, training, folder, validate=validate, progress=progress)
         return {"live_calls": live_calls}
 
     return run.run("grpo", ("seed", "data", "cache", "model", "mesh", "sft", "rollout", "grpo"), body)
@@ -209,8 +207,7 @@ def evaluate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, 
                     trajectories = load_trajectories(path)
                     results[f"{policy}.{source}"] = process_accuracy.evaluate(tasks, trajectories, specs).to_json()
         results["coverage"] = {
-            split: coverage.coverage(load_tasks(run, split), open_cache(run, split, specs)).to_json()
-            for split in SPLITS
+            split: coverage.coverage(load_tasks(run, split), open_cache(run, split, specs)).to_json() for split in SPLITS
         }
         before, after = (_correct(folder / f"{p}.{'live' if live else 'cached'}.jsonl", tasks, specs) for p in ("sft", "grpo"))
         results["gain"] = dataclasses.asdict(

@@ -8,7 +8,7 @@ from cacherl_jax.config import Config, ConfigError, load_config, with_overrides
 
 
 def test_json_round_trip_keeps_every_field():
-    config = with_overrides(Config(), ["data.services=[\"Banks_1\"]", "grpo.optimizer.learning_rate=0.5", "name=trial"])
+    config = with_overrides(Config(), ['data.services=["Banks_1"]', "grpo.optimizer.learning_rate=0.5", "name=trial"])
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
     assert config.grpo.optimizer.learning_rate == 0.5 and config.sft.optimizer != config.grpo.optimizer
 

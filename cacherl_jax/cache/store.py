@@ -67,9 +67,7 @@ def snapshot_id(store: Store) -> str:
     """SHA-256 over the sorted content of all entries."""
     lines = sorted(
         hashlib.sha256(
-            b"\0".join(
-                [e.key, e.tool.encode("utf-8", "surrogatepass"), _result_bytes(e.result), str(e.count).encode()]
-            )
+            b"\0".join([e.key, e.tool.encode("utf-8", "surrogatepass"), _result_bytes(e.result), str(e.count).encode()])
         ).digest()
         for e in store.entries()
     )

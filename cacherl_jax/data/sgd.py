@@ -20,7 +20,9 @@ from cacherl_jax.config import ConfigError
 from cacherl_jax.types import Effects, Message, ToolCall, ToolSpec, Transcript
 
 LICENCE = "CC BY-SA 4.0"
-ATTRIBUTION = "Schema-Guided Dialogue, Rastogi et al. 2020, https://github.com/google-research-datasets/dstc8-schema-guided-dialogue"
+ATTRIBUTION = (
+    "Schema-Guided Dialogue, Rastogi et al. 2020, https://github.com/google-research-datasets/dstc8-schema-guided-dialogue"
+)
 
 
 @dataclass

@@ -37,9 +37,7 @@ TOP_NAMES: dict[str, str] = {
 def from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Our nested dict from a state dict of numpy arrays. Raises KeyError naming a tensor that is missing."""
     tree: dict[str, Any] = {
-        ours: tensors[theirs]
-        for ours, theirs in TOP_NAMES.items()
-        if ours != "unembed_VD" or not config.tie_word_embeddings
+        ours: tensors[theirs] for ours, theirs in TOP_NAMES.items() if ours != "unembed_VD" or not config.tie_word_embeddings
     }
     layers = {}
     for ours, weight in layer_table(config).items():

@@ -50,9 +50,7 @@ def layer_table(c: ModelConfig) -> dict[str, Weight]:
 def table(c: ModelConfig) -> dict[str, Any]:
     """All parameters as the nested dict that checkpoints hold; layers stacked."""
     V, D = c.vocab_size, c.hidden_size
-    layers = {
-        name: Weight((c.num_layers, *w.shape), ("layer", *w.axes), w.init) for name, w in layer_table(c).items()
-    }
+    layers = {name: Weight((c.num_layers, *w.shape), ("layer", *w.axes), w.init) for name, w in layer_table(c).items()}
     top: dict[str, Any] = {"embed_VD": Weight((V, D), ("vocab", "embed"), "embedding_range")}
     top |= {"layers": layers, "final_norm_D": Weight((D,), ("norm",), "ones")}
     if not c.tie_word_embeddings:
@@ -138,8 +136,7 @@ def init(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Qwen3
 
 def _map_table(fn: Any, tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return {
-        name: _map_table(fn, w, f"{prefix}{name}.") if isinstance(w, dict) else fn(prefix + name, w)
-        for name, w in tree.items()
+        name: _map_table(fn, w, f"{prefix}{name}.") if isinstance(w, dict) else fn(prefix + name, w) for name, w in tree.items()
     }
 
 
@@ -201,9 +198,7 @@ def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
     return index_T - jax.lax.cummax(jnp.where(starts_BT, index_T, 0), axis=1)
 
 
-def forward(
-    model: Qwen3, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array | None = None
-) -> jax.Array:
+def forward(model: Qwen3, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
     """Hidden states after the final norm, [B, T, D]. Attention is causal and stays within a segment; 0 is padding."""
     c = model.config
     if positions_BT is None:

@@ -37,9 +37,7 @@ def process_reward(task: Task, trajectory: Trajectory, specs: Mapping[str, ToolS
     return max(scored, key=lambda r: r.total)
 
 
-def match_calls(
-    reference: Sequence[ToolCall], calls: Sequence[ToolCall], specs: Mapping[str, ToolSpec]
-) -> ProcessReward:
+def match_calls(reference: Sequence[ToolCall], calls: Sequence[ToolCall], specs: Mapping[str, ToolSpec]) -> ProcessReward:
     """Scores `calls` against one reference sequence."""
     if not reference:
         value = float(not calls)

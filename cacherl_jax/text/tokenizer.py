@@ -118,9 +118,7 @@ def train_tokenizer(texts: Iterable[str], runs: Sequence[str], vocab_size: int) 
     )
     tok.decoder = decoders.ByteLevel()
     # Runs never reach BPE: what it learns is the rest.
-    trainer = trainers.BpeTrainer(
-        vocab_size=learnt, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=learnt, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tok.train_from_iterator((piece for text in texts for piece in _without(text, runs)), trainer)
     tok.add_special_tokens([AddedToken(control, normalized=False, special=True) for control in CONTROL])
     tok.add_tokens([AddedToken(run, normalized=False) for run in runs])

@@ -30,9 +30,7 @@ def record(
             acted[agent] += 1
 
 
-def _act(
-    task: Task, agent: str, take: int, provider: ToolProvider, specs: Mapping[str, ToolSpec], seed: int
-) -> Transcript:
+def _act(task: Task, agent: str, take: int, provider: ToolProvider, specs: Mapping[str, ToolSpec], seed: int) -> Transcript:
     rng = np.random.default_rng((seed, zlib.crc32(f"{task.id}/{agent}/{take}".encode())))
     session = provider.start(task, take)
     messages = list(task.messages)

@@ -33,9 +33,7 @@ def paper(answer_G: np.ndarray, process_G: np.ndarray, weight_G: np.ndarray) -> 
     return centred_G / (reward_G.std() + STD_FLOOR)
 
 
-def calibrated(
-    answer_G: np.ndarray, process_G: np.ndarray, weight_G: np.ndarray, *, process_weight: float
-) -> np.ndarray:
+def calibrated(answer_G: np.ndarray, process_G: np.ndarray, weight_G: np.ndarray, *, process_weight: float) -> np.ndarray:
     """A_i = w_i (R_a,i - sum_j w_j R_a,j / sum_j w_j) + c (R_p,i - mean_j R_p,j); the first term is 0 when all w are 0.
 
     Both terms sum to zero over the group. No division by a standard deviation. Source: paper.md, "Calibrated".

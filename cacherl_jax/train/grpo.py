@@ -40,7 +40,9 @@ class Scored:
     advantage_N: np.ndarray
 
 
-def score_groups(tasks: Sequence[Task], trajectories: Sequence[Trajectory], specs: Mapping[str, ToolSpec], config: Config) -> Scored:
+def score_groups(
+    tasks: Sequence[Task], trajectories: Sequence[Trajectory], specs: Mapping[str, ToolSpec], config: Config
+) -> Scored:
     """Rewards and advantages; `trajectories` holds `config.grpo.group` episodes of each task, one task after the other."""
     group, kind = config.grpo.group, config.grpo.advantage
     by_task = [task for task in tasks for _ in range(group)]
@@ -156,30 +158,22 @@ def _gradients_of(config: Config) -> Callable[..., steps.Gradients]:
     grpo = config.grpo
 
     def gradients_of(model: qwen3.Qwen3, batch: Any, share: Any) -> steps.Gradients:
-        return steps.grpo_gradients(
-            model, batch, share, clip_low=grpo.clip_low, clip_high=grpo.clip_high, kl_coef=grpo.kl_coef
-        )
+        return steps.grpo_gradients(model, batch, share, clip_low=grpo.clip_low, clip_high=grpo.clip_high, kl_coef=grpo.kl_coef)
 
     return gradients_of
 
 
-def _rows(
-    reference: qwen3.Qwen3, scored: Scored, buckets: Sequence[int], config: Config, devices: Any
-) -> list[Row]:
+def _rows(reference: qwen3.Qwen3, scored: Scored, buckets: Sequence[int], config: Config, devices: Any) -> list[Row]:
     """Rows of a step, with the reference's logprobs filled in."""
     rows = [
-        Row(t.tokens_T, t.sampled_T, float(a), t.logprobs_T)
-        for t, a in zip(scored.trajectories, scored.advantage_N, strict=True)
+        Row(t.tokens_T, t.sampled_T, float(a), t.logprobs_T) for t, a in zip(scored.trajectories, scored.advantage_N, strict=True)
     ]
     reference_logprobs: list[np.ndarray | None] = [None] * len(rows)
     for batch, members in bucketed(rows, buckets, config.grpo.tokens_per_batch):
         logprobs_BT = np.asarray(steps.score(reference, mesh.place(batch, devices)))
         for b, i in enumerate(members):
             reference_logprobs[i] = logprobs_BT[b, : len(rows[i].tokens_T)]
-    return [
-        Row(r.tokens_T, r.mask_T, r.advantage, r.logprobs_T, ref)
-        for r, ref in zip(rows, reference_logprobs, strict=True)
-    ]
+    return [Row(r.tokens_T, r.mask_T, r.advantage, r.logprobs_T, ref) for r, ref in zip(rows, reference_logprobs, strict=True)]
 
 
 def write_rollouts(path: Path, scored: Scored) -> None:

@@ -6,7 +6,6 @@ the unembedding matrix come as arrays.
 
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 
@@ -34,7 +33,7 @@ def token_logprobs(
         mean_C = (jnp.exp(logits_CV - normalizer_C[:, None]) * logits_CV).sum(axis=-1)
         return chosen_C - normalizer_C, jax.lax.stop_gradient(normalizer_C - mean_C)
 
-    if N <= chunk:
+    if chunk >= N:
         logprobs_N, entropy_N = of_chunk(hidden_ND, targets_N)
     else:
         pad = -N % chunk

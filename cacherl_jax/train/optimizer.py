@@ -11,7 +11,6 @@ from optax.contrib import MuonDimensionNumbers, muon
 from cacherl_jax.config import OptimizerConfig
 
 
-
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The transformation for a run of `steps` updates: clip by global norm, then AdamW, or Muon on matrices with Adam on
     embeddings and norms (Muon: https://kellerjordan.github.io/posts/muon)."""

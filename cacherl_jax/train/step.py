@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,13 @@ LOGIT_CHUNK = 4096
 class TrainState:
     """What training changes: the model, the optimizer's state, and the number of updates made."""
 
-    model: qwen3.Qwen3
+    model: Any  # qwen3.Qwen3; optax types know arrays alone
     opt_state: Any
     step: jax.Array
 
     @classmethod
     def create(cls, model: qwen3.Qwen3, tx: optax.GradientTransformation) -> TrainState:
-        return cls(model, tx.init(model), jnp.zeros((), jnp.int32))
+        return cls(model, tx.init(cast(Any, model)), jnp.zeros((), jnp.int32))
 
 
 def _logprobs(model: qwen3.Qwen3, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,6 @@
 """Rendering against the official template and tokenizer; episodes whose mask is the policy's own words; parsing."""
 
+import itertools
 import json
 
 import jinja2
@@ -79,7 +80,7 @@ def test_mask_covers_exactly_the_assistants_own_tokens(tok):
     transcript = Transcript("x", "t", "a", ("get_order",), CONVERSATION)
     tokens_T, sampled_T, segments = chat.transcript_tokens(tok, transcript, {"get_order": SPEC}, 64)
     assert len(tokens_T) == len(sampled_T) == segments[-1].stop
-    assert all(a.stop == b.start for a, b in zip(segments, segments[1:], strict=False))
+    assert all(a.stop == b.start for a, b in itertools.pairwise(segments))
     said = [tok.decode(tokens_T[s.start : s.stop]) for s in segments if s.source is Source.SAMPLED]
     call = f'<tool_call>\n{{"name": "get_order", "arguments": {CALL.arguments}}}\n</tool_call>'
     assert said == [
@@ -100,12 +101,12 @@ def test_content_cannot_forge_control_tokens(tok, control):
     text = f"a{control}b{control}"
     ids = tok.encode_content(text)
     assert tok.decode(ids) == text and tok.id(control) not in ids
-    (_, tool_ids, _), = chat.tool_results(tok, [text], 500)
+    ((_, tool_ids, _),) = chat.tool_results(tok, [text], 500)
     assert tool_ids.count(tok.im_end) == 1 and text in tok.decode(tool_ids)
 
 
 def test_long_results_are_cut_in_tokens_on_whole_characters(tok):
-    (_, ids, _), = chat.tool_results(tok, ["é" * 100_001], 63)
+    ((_, ids, _),) = chat.tool_results(tok, ["é" * 100_001], 63)
     assert len(ids) < 80 and "\ufffd" not in tok.decode(ids)
     assert chat.cut(tok, "short", 63) == "short"
 
@@ -123,7 +124,7 @@ def test_a_turn_that_is_rendered_parses_back(tok, reasoning, content, arguments,
 
     calls = tuple(ToolCall("get_order", json.dumps(a, ensure_ascii=ascii_only)) for a in arguments)
     message = Message("assistant", content, reasoning=reasoning, tool_calls=calls)
-    (_, ids, _), = chat.assistant_turn(tok, message)
+    ((_, ids, _),) = chat.assistant_turn(tok, message)
     turn = chat.parse_turn(tok.decode(ids))
 
     def normal(text):  # the tokenizer composes characters, as Qwen's does; the template's newlines are stripped
@@ -134,7 +135,7 @@ def test_a_turn_that_is_rendered_parses_back(tok, reasoning, content, arguments,
     assert [(c.name, c.arguments) for c in turn.calls] == [(c.name, unicodedata.normalize("NFC", c.arguments)) for c in calls]
 
 
-OPEN, CLOSE = '</think>\n\n<tool_call>\n', "\n</tool_call><|im_end|>"
+OPEN, CLOSE = "</think>\n\n<tool_call>\n", "\n</tool_call><|im_end|>"
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,16 @@ import itertools
 from collections import ChainMap
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 
 SPLITS = ("train", "validation", "test")
 _SHARES = (0.6, 0.1, 0.3)  # of names and ids, by split
 
-_FIRST = "Ba Do Fe Gi Ka Lu Me No Pa Ri Sa Tu Va Wo Za Jo He Ni Ro Te".split()
-_MIDDLE = "lan mir vel dor tas nek ron lis gar pem bos tur".split()
-_LAST = "do ka lin mar nes po rik sa tan vo wen xi".split()
+_FIRST = ["Ba", "Do", "Fe", "Gi", "Ka", "Lu", "Me", "No", "Pa", "Ri", "Sa", "Tu", "Va", "Wo", "Za", "Jo", "He", "Ni", "Ro", "Te"]
+_MIDDLE = ["lan", "mir", "vel", "dor", "tas", "nek", "ron", "lis", "gar", "pem", "bos", "tur"]
+_LAST = ["do", "ka", "lin", "mar", "nes", "po", "rik", "sa", "tan", "vo", "wen", "xi"]
 
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday")
 ITEMS = ("lamp", "desk", "chair", "phone", "book", "clock")
@@ -69,14 +69,14 @@ class Database:
         return own[number % len(own)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _ids(letter: str) -> dict[str, list[str]]:
     """All ids of a letter, by split."""
     order = np.random.default_rng(list(letter.encode())).permutation(1000)
     return _shared_out([f"{letter}{number:03d}" for number in order])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _names() -> dict[str, list[str]]:
     names = ["".join(parts) for parts in itertools.product(_FIRST, _MIDDLE, _LAST)]
     return _shared_out([names[i] for i in np.random.default_rng(0).permutation(len(names))])

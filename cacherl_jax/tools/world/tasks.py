@@ -1,4 +1,4 @@
-"""Tasks of the world: families of 0 to 4 calls. A task's reference is made by doing it live, so that it is right by construction."""
+"""Tasks of the world: families of 0 to 4 calls. A reference is made by doing the task live: right by construction."""
 
 from __future__ import annotations
 

@@ -1,0 +1,82 @@
+"""Recorded dialogues as tasks: one dialogue, one task, its recorded calls the reference, its user turns injected as recorded."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from cacherl_jax.config import ConfigError, DataConfig
+from cacherl_jax.data import sgd
+from cacherl_jax.types import Task, Transcript
+
+
+def to_task(transcript: Transcript, split: str, family: str) -> Task:
+    """The dialogue as a task. Facts are empty: what a recorded assistant chose to say is no yardstick for an answer."""
+    users = [m.content for m in transcript.messages if m.role == "user"]
+    if not users:
+        raise ValueError(f"dialogue {transcript.id} has no user turn")
+    first = next(i for i, m in enumerate(transcript.messages) if m.role == "user")
+    return Task(
+        id=transcript.id,
+        family=family,
+        split=split,
+        tools=transcript.tools,
+        messages=transcript.messages[: first + 1],
+        references=(tuple(c for m in transcript.messages for c in m.tool_calls),),
+        followups=tuple(users[1:]),
+    )
+
+
+class SgdCorpus:
+    """Schema-Guided Dialogue for a run: train and a held-out tenth of it from `train/`, test from `dev/`.
+
+    With `services`, train and validation keep dialogues that use these alone, test those and `unseen_services`. A test
+    task's family says whether its services occur in training: "seen/Banks_1", "unseen/Banks_2".
+    """
+
+    provenance: ClassVar[dict[str, str]] = {"source": sgd.ATTRIBUTION, "licence": sgd.LICENCE}
+
+    def __init__(self, config: DataConfig) -> None:
+        root = Path(config.path)
+        self._config = config
+        train, dev = sgd.read(root / "train"), sgd.read(root / "dev")
+        self.specs = dev.specs | train.specs
+        for name in (*config.services, *config.unseen_services):
+            if not any(tool.startswith(f"{name}.") for tool in self.specs):
+                raise ConfigError(f"data.services: {root} has no service {name!r}")
+        kept = [t for t in train.transcripts() if self._wanted(t, config.services)]
+        held_out = [t for t in kept if zlib.crc32(t.id.encode()) % 10 == 0]
+        test = [t for t in dev.transcripts() if self._wanted(t, (*config.services, *config.unseen_services))]
+        self._seen = {service for t in kept for service in _services(t)}
+        self._splits = {
+            "train": [t for t in kept if zlib.crc32(t.id.encode()) % 10][: config.train_tasks],
+            "validation": held_out[: config.validation_tasks],
+            "test": test[: config.test_tasks],
+        }
+        self.problems = train.problems + dev.problems
+
+    def _wanted(self, transcript: Transcript, services: tuple[str, ...]) -> bool:
+        return not services or _services(transcript) <= set(services)
+
+    def tasks(self, split: str) -> list[Task]:
+        return [to_task(t, split, self._family(t)) for t in self._splits[split]]
+
+    def _family(self, transcript: Transcript) -> str:
+        services = _services(transcript)
+        return f"{'seen' if services <= self._seen else 'unseen'}/{'+'.join(sorted(services))}"
+
+    def transcript_count(self, split: str) -> int:
+        return len(self._splits[split])
+
+    def transcripts(self, split: str) -> Iterator[Transcript]:
+        return iter(self._splits[split])
+
+    def live(self, split: str) -> None:
+        """The recorded services cannot be run."""
+        return None
+
+
+def _services(transcript: Transcript) -> set[str]:
+    return {name.split(".")[0] for name in transcript.tools}
