@@ -71,7 +71,7 @@ def check_unchanged(before: Transcript, after: Transcript) -> None:
             raise ValueError(f"{before.id}, message {i}: {a} became {b}")
 
 
-_VALUE = re.compile(r"[\w.@:/-]*\d[\w.@:/-]*|\w{3,}")
+_VALUE = re.compile(r"\w+(?:[.@:/-]\w+)*")
 
 
 def leaks(reasoning: str, past: Sequence[Message], message: Message, future: Sequence[Message]) -> bool:
