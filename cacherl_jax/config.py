@@ -128,8 +128,8 @@ class RolloutConfig:
     """The agent loop and its engine (rooms: rollout/)."""
 
     rows: int = 64  # compiled rows; never changes within a run, or bits differ
-    context: int = 384
-    decode_steps: int = 8  # tokens a dispatch
+    context: int = 256
+    decode_steps: int = 4  # tokens a dispatch
     max_turns: int = 8
     max_turn_tokens: int = 96
     max_sampled_tokens: int = 320
@@ -151,7 +151,7 @@ class GrpoConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     minibatches: int = 1  # optimizer steps a batch of rollouts
-    tokens_per_batch: int = 4096
+    tokens_per_batch: int = 2048
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, adam_learning_rate=3e-4, warmup_steps=2, schedule="constant")
     checkpoint_every: int = 5
     validate_every: int = 5

@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class RunDirectory:
         return result
 
     def run(self, stage: str, parts: Sequence[str], body: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """Runs `body(folder)` unless done. `parts` names the configuration that the stage depends on."""
+        """Runs `body(folder)` unless done. `parts` names the configuration that the stage depends on: "sft", "rollout.context"."""
         result = self.done(stage)
         if result is not None:
             return result
@@ -72,7 +72,7 @@ class RunDirectory:
         folder.mkdir(parents=True, exist_ok=True)
         with self._cpu_time(stage):
             result = body(folder)
-        settings = self._part(dict.fromkeys(parts))
+        settings = self._part(parts)
         write_json(folder / "done.json", {"settings": settings, "result": result})
         return result
 
@@ -85,9 +85,14 @@ class RunDirectory:
             seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["cpu_seconds"]
         return seconds
 
-    def _part(self, parts: dict[str, Any]) -> dict[str, Any]:
-        config = self.config.to_json()
-        return json.loads(json.dumps({part: config[part] for part in parts}))
+    def _part(self, parts: Iterable[str]) -> dict[str, Any]:
+        settings = {}
+        for part in parts:
+            value: Any = self.config.to_json()
+            for name in part.split("."):
+                value = value[name]
+            settings[part] = json.loads(json.dumps(value))  # as it reads back: lists for tuples
+        return settings
 
     @contextlib.contextmanager
     def _cpu_time(self, stage: str) -> Iterator[None]:

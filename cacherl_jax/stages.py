@@ -43,6 +43,12 @@ from cacherl_jax.types import Task, ToolProvider, ToolSpec, Trajectory, Transcri
 SPLITS = ("train", "validation", "test")
 STORES = {"train": "training.sqlite", "validation": "validation.sqlite", "test": "evaluation.sqlite"}
 EXPERT = "expert"
+
+# The configuration that each stage depends on.
+RECORD = ("seed", "data", "cache.key")
+THINK = (*RECORD, "tokenizer")
+GRPO = (*THINK, "cache", "model", "mesh", "sft", "rollout", "grpo")
+
 EVAL_SAMPLE = 0
 
 
@@ -83,7 +89,7 @@ def record(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, An
                 write_transcripts(folder / "transcripts.jsonl", transcripts)
         return result
 
-    return run.run("record", ("seed", "data", "cache"), body)
+    return run.run("record", RECORD, body)
 
 
 # ---- think -----------------------------------------------------------------------------------------------------------
@@ -110,7 +116,7 @@ def think(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any
         tok.save(folder / "tokenizer")
         return {"transcripts": len(thought), "unreadable": problems, "vocab_size": tok.vocab_size} | counts.to_json()
 
-    return run.run("think", ("seed", "data", "tokenizer"), body)
+    return run.run("think", THINK, body)
 
 
 def _texts(transcript: Transcript) -> Iterable[str]:
@@ -145,7 +151,7 @@ def _supervised(run: RunDirectory, stage: str, agent: str | None, progress: metr
         sft.train(config, rows, folder, progress=progress)
         return {"rows": len(rows), "too_long": too_long, "tokens": int(sum(len(r.tokens_T) for r in rows))}
 
-    return run.run(stage, ("seed", "data", "tokenizer", "model", "mesh", "sft", "rollout"), body)
+    return run.run(stage, (*THINK, "model", "mesh", "sft", "rollout.context", "rollout.max_tool_tokens"), body)
 
 
 # ---- grpo ------------------------------------------------------------------------------------------------------------
@@ -172,7 +178,7 @@ def reinforce(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str,
         _, live_calls = grpo.train(config, reference, tok, tasks, specs, training, folder, validate=validate, progress=progress)
         return {"live_calls": live_calls}
 
-    return run.run("grpo", ("seed", "data", "cache", "model", "mesh", "sft", "rollout", "grpo"), body)
+    return run.run("grpo", GRPO, body)
 
 
 # ---- eval ------------------------------------------------------------------------------------------------------------
@@ -215,7 +221,7 @@ def evaluate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, 
         )
         return results
 
-    return run.run("eval", ("seed", "data", "cache", "model", "mesh", "sft", "rollout", "grpo", "eval"), body)
+    return run.run("eval", (*GRPO, "eval"), body)
 
 
 def _policies(run: RunDirectory) -> list[str]:

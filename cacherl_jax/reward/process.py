@@ -16,8 +16,8 @@ from cacherl_jax.types import Task, ToolCall, ToolSpec, Trajectory
 @dataclass(frozen=True)
 class ProcessReward:
     """Parts in [0, 1], and their total. `milestones`: share of reference calls matched exactly, in order; `names`,
-    `parameters`, `values`: mean match of aligned calls over the reference; `economy`: reference calls over calls made, at
-    most 1. total = (0.2 names + 0.1 parameters + 0.3 values + 0.4 milestones) * economy; 1 only for an exact match.
+    `parameters`, `values`: mean match of aligned calls over the reference; `economy`: the square of reference calls over
+    calls made, at most 1: a needless call must cost more than stopping early saves. total = (0.2 names + 0.1 parameters + 0.3 values + 0.4 milestones) * economy; 1 only for an exact match.
     Where no call is needed: 1 without any call, else 0."""
 
     names: float
@@ -54,7 +54,7 @@ def match_calls(reference: Sequence[ToolCall], calls: Sequence[ToolCall], specs:
     total, sums = rows[-1][-1]
     n = len(reference)
     names, parameters, values, milestones = (s / n for s in sums)
-    economy = min(1.0, n / max(1, len(calls)))
+    economy = min(1.0, n / max(1, len(calls))) ** 2
     return ProcessReward(names, parameters, values, milestones, economy, total / n * economy)
 
 

@@ -71,6 +71,9 @@ class Tokenizer:
         encoded apart: they decode to the same characters, and no control token arises."""
         pieces = [""]
         for text, is_content in parts:
+            if is_content and not text.isascii():
+                # Halves of surrogate pairs, which JSON can smuggle in, join where they belong together or become U+FFFD.
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             cuts = [match.start() + 1 for match in self._controls.finditer(text)] if is_content else []
             first, *rest = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
             pieces[-1] += first

@@ -17,7 +17,7 @@ from cacherl_jax.tools.world.phrasing import CANNED
 from cacherl_jax.types import Observation, Task, ToolCall
 
 # Shares of the tasks with two calls or more that a stopper cuts, and of the cuts that come right after the first call.
-STOP_SHARE, FIRST_SHARE = 0.9, 0.7
+STOP_SHARE, FIRST_SHARE = 0.95, 0.8
 
 Plan = tuple[ToolCall, ...]
 
