@@ -54,14 +54,14 @@ def masked_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     return (kept_BT * mask_BT).sum() / jnp.maximum(mask_BT.sum(), 1.0)
 
 
-def _predicted(mask_BT: jax.Array) -> jax.Array:
+def predicted(mask_BT: jax.Array) -> jax.Array:
     """The mask without a row's first token, which nothing predicts."""
     return mask_BT.at[:, 0].set(0.0)
 
 
 def sft_loss(logprobs_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, Metrics]:
     """Mean negative logprob over masked tokens, nats per token."""
-    return -masked_mean(logprobs_BT, _predicted(mask_BT)), {}
+    return -masked_mean(logprobs_BT, predicted(mask_BT)), {}
 
 
 def grpo_loss(
@@ -81,7 +81,7 @@ def grpo_loss(
     + kl_coef * k3,  k3 = exp(ref - logprob) - (ref - logprob) - 1  (Schulman's non-negative estimator of KL(policy, ref)).
     Source: DeepSeekMath, arXiv 2402.03300, equations 3 and 4; token-level mean over the batch.
     """
-    mask_BT = _predicted(mask_BT)
+    mask_BT = predicted(mask_BT)
     # Outside the mask the logprobs mean nothing; equal ones keep exp() finite there.
     delta_BT = jnp.where(mask_BT > 0, logprobs_BT - old_logprobs_BT, 0.0)
     ratio_BT = jnp.exp(delta_BT)

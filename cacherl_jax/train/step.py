@@ -83,9 +83,9 @@ def grpo_gradients(
             clip_high=clip_high,
             kl_coef=kl_coef,
         )
-        tokens = jnp.maximum(batch.loss_mask_BT.sum(), 1.0)
-        entropy = (entropy_BT * batch.loss_mask_BT).sum() / tokens
-        gap = (jnp.abs(logprobs_BT - batch.sampler_logprobs_BT) * batch.loss_mask_BT).sum() / tokens
+        mask_BT = losses.predicted(batch.loss_mask_BT)
+        entropy = losses.masked_mean(entropy_BT, mask_BT)
+        gap = losses.masked_mean(jnp.abs(logprobs_BT - batch.sampler_logprobs_BT), mask_BT)
         return loss, metrics | {"loss": loss, "entropy": entropy, "sampler_gap": gap}
 
     return _scaled(jax.grad(loss_fn, has_aux=True)(model), share)
@@ -126,6 +126,6 @@ def make_update(tx: optax.GradientTransformation) -> Callable[[TrainState, Any],
     def update(state: TrainState, gradients: Any) -> tuple[TrainState, jax.Array]:
         updates, opt_state = tx.update(gradients, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
-        return TrainState(model, opt_state, state.step + 1), optax.global_norm(gradients)
+        return TrainState(model, opt_state, state.step + 1), optax.tree.norm(gradients)
 
     return update

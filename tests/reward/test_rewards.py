@@ -38,8 +38,7 @@ def test_process_reward_orders_episodes_as_a_teacher_would():
     assert values == sorted(values) and len(set(values)) == len(values)
     assert values[0] == 0.0 and values[-1] == 1.0
     for worse in ((A, B, C, C), (A, A, B, C), (A, B, C, A, B, C), (A, ToolCall("", "<tool_call>{"), B, C)):
-        assert total((A, B)) < total(worse) or len(worse) > 4
-        assert total(worse) < 1.0
+        assert total(worse) < total((A, B))  # a needless call costs more than stopping one call early
     assert total((C, B, A)) == total((A,))  # order counts
     assert total((A,) * 10) < total((A,)) < 1.0  # repeating pays nothing
 

@@ -103,15 +103,16 @@ def test_a_write_changes_a_later_read():
 def test_demonstrators_have_the_competence_that_they_state(tasks):
     specs = tool_specs()
     by_id = {task.id: task for task in tasks["train"]}
-    right: dict[tuple[str, bool], list[int]] = {}
+    right: dict[tuple[str, int], list[int]] = {}
     for transcript in record(tasks["train"], ["expert", "stopper", "wanderer"], LiveTools("train", 3), specs, 3):
         task = by_id[transcript.task_id]
         calls = [c for m in transcript.messages for c in m.tool_calls]
-        right.setdefault((transcript.agent, len(task.references[0]) > 1), []).append(process_accuracy(task, calls, specs))
+        right.setdefault((transcript.agent, min(len(task.references[0]), 3)), []).append(process_accuracy(task, calls, specs))
         assert transcript.messages[-1].role == "assistant" and transcript.messages[-1].content
     share = {key: sum(v) / len(v) for key, v in right.items()}
-    assert share["expert", True] == share["expert", False] == share["stopper", False] == 1.0
-    assert share["stopper", True] < 0.25 and share["wanderer", True] == 0.0
+    assert [share["expert", n] for n in range(4)] == [1.0] * 4
+    assert share["stopper", 0] == share["stopper", 1] == 1.0 and 0.5 < share["stopper", 2] < 0.9 and share["stopper", 3] == 0.0
+    assert share["wanderer", 0] == 1.0 and share["wanderer", 1] == share["wanderer", 2] == share["wanderer", 3] == 0.0
 
 
 def test_what_a_policy_may_write_is_answered_never_raised():
