@@ -10,7 +10,7 @@ import dataclasses
 import json
 import runpy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +72,7 @@ class DataConfig:
     test_tasks: int = 400
     services: tuple[str, ...] = ()  # sgd: the subset of services; () is all
     unseen_services: tuple[str, ...] = ()  # sgd: services that only the test split has
-    demonstrators: tuple[str, ...] = ("expert", "stopper", "wanderer")
+    demonstrators: tuple[Literal["expert", "stopper", "wanderer"], ...] = ("expert", "stopper", "wanderer")  # world
 
     def __post_init__(self) -> None:
         _require(self.source == "world" or bool(self.path), f"data.path is empty; data.source={self.source!r} needs one")
@@ -177,7 +177,7 @@ class Config:
     sft: SftConfig = SftConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GrpoConfig = GrpoConfig()
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: EvalConfig = EvalConfig()
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -203,9 +203,7 @@ def _known_fields(cls: type, data: Mapping[str, Any], path: str = "") -> None:
         if name not in fields:
             known = ", ".join(fields)
             raise ConfigError(f"unknown field {path + name!r}; {path.rstrip('.') or 'the config'} has: {known}")
-        default = fields[name].default if fields[name].default is not dataclasses.MISSING else None
-        if fields[name].default_factory is not dataclasses.MISSING:
-            default = fields[name].default_factory()
+        default = fields[name].default
         if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
             _known_fields(type(default), value, f"{path}{name}.")
 

@@ -9,16 +9,7 @@ from typing import Any, Protocol
 import tqdm
 
 
-class Progress(Protocol):
-    """What stages use of a progress bar."""
-
-    def __enter__(self) -> Progress: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def update(self, n: int = 1) -> object: ...
-
-    def set_postfix(self, **values: Any) -> None: ...
+Progress = tqdm.tqdm
 
 
 class ProgressFactory(Protocol):
@@ -63,7 +54,7 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> Any:
         self._file.close()
 
     def write(self, row: dict[str, Any]) -> None:

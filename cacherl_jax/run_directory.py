@@ -3,7 +3,7 @@
     OUT/run.json            configuration, versions
     OUT/<stage>/            what the stage wrote
     OUT/<stage>/done.json   written last: the stage's result and the configuration it depends on
-    OUT/cpu.jsonl           CPU-seconds of every attempt, interrupted ones included
+    OUT/cpu.jsonl           CPU-seconds of every attempt, those ended by Ctrl-C included, by kill -9 not
 
 A stage that is done is not run again. A stage that was done with other settings is refused with the difference: results of
 two configurations never mix in one folder.

@@ -132,7 +132,8 @@ def supervised(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str
     """The policy cloned from all demonstrators; beside it, for comparison only, one cloned from the expert alone."""
     run.require("think")
     result = {"sft": _supervised(run, "sft", None, progress)}
-    if EXPERT in run.config.data.demonstrators and len(run.config.data.demonstrators) > 1:
+    data = run.config.data
+    if data.source == "world" and EXPERT in data.demonstrators and len(data.demonstrators) > 1:
         result["expert_sft"] = _supervised(run, "expert_sft", EXPERT, progress)
     return result
 

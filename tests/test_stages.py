@@ -40,8 +40,7 @@ def finished(tmp_path_factory):
 
 
 def losses(out: Path):
-    rows = [json.loads(line) for stage in ("sft", "grpo") for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items()} for row in rows]
+    return [json.loads(line) for stage in ("sft", "grpo") for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_summary_figure_table_and_page(finished):
@@ -90,7 +89,7 @@ def test_other_settings_in_the_same_folder_are_refused(finished, capsys):
         (["grpo", "--set", "grpo.stepz=1"], "no field 'stepz'"),
         (["grpo", "--config", "absent.py"], "absent.py does not exist"),
         (["grpo"], "stage 'sft' has not finished"),
-        (["record", "--set", "data.demonstrators=[\"sage\"]"], "demonstrator 'sage' is none of expert"),
+        (["record", "--set", 'data.demonstrators=["sage"]'], "data.demonstrators.0 = 'sage': Input should be 'expert', 'stopper'"),
         (["record", "--set", "data.source=sgd", "--set", "data.path=/nowhere"], "/nowhere/train holds no schema.json"),
     ],
 )

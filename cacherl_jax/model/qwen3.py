@@ -61,6 +61,18 @@ def table(c: ModelConfig) -> dict[str, Any]:
 class Layers(nnx.Module):
     """The stacked parameters of all layers; inside the scan, those of one."""
 
+    attention_norm_D: nnx.Param
+    query_DNH: nnx.Param
+    key_DKH: nnx.Param
+    value_DKH: nnx.Param
+    query_norm_H: nnx.Param
+    key_norm_H: nnx.Param
+    output_NHD: nnx.Param
+    mlp_norm_D: nnx.Param
+    gate_DF: nnx.Param
+    up_DF: nnx.Param
+    down_FD: nnx.Param
+
     def __init__(self, tree: dict[str, Any]) -> None:
         for name, value in tree.items():
             setattr(self, name, nnx.Param(value))

@@ -15,10 +15,13 @@ from cacherl_jax.types import Task, ToolCall, ToolSpec, Trajectory
 
 @dataclass(frozen=True)
 class ProcessReward:
-    """Parts in [0, 1], and their total. `milestones`: share of reference calls matched exactly, in order; `names`,
-    `parameters`, `values`: mean match of aligned calls over the reference; `economy`: the square of reference calls over
-    calls made, at most 1: a needless call must cost more than stopping early saves. total = (0.2 names + 0.1 parameters + 0.3 values + 0.4 milestones) * economy; 1 only for an exact match.
-    Where no call is needed: 1 without any call, else 0."""
+    """Parts in [0, 1], and their total.
+
+    `milestones`: share of reference calls matched exactly, in order; `names`, `parameters`, `values`: mean match of aligned
+    calls over the reference; `economy`: the square of reference calls over calls made, at most 1: a needless call must cost
+    more than stopping early saves. total = (0.2 names + 0.1 parameters + 0.3 values + 0.4 milestones) * economy; 1 only for
+    an exact match. Where no call is needed: 1 without any call, else 0.
+    """
 
     names: float
     parameters: float
@@ -43,7 +46,8 @@ def match_calls(reference: Sequence[ToolCall], calls: Sequence[ToolCall], specs:
         value = float(not calls)
         return ProcessReward(value, value, value, value, value, value)
     # Best alignment in order, as in a longest common subsequence, each pair worth its weighted match.
-    rows = [[(0.0, (0.0, 0.0, 0.0, 0.0))] * (len(calls) + 1) for _ in range(len(reference) + 1)]
+    nothing: tuple[float, tuple[float, ...]] = (0.0, (0.0,) * len(WEIGHTS))
+    rows = [[nothing] * (len(calls) + 1) for _ in range(len(reference) + 1)]
     for i, wanted in enumerate(reference):
         for j, made in enumerate(calls):
             parts = _match(wanted, made, specs)

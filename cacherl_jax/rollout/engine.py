@@ -65,7 +65,7 @@ class Engine:
 
     def compilations(self) -> int:
         """Programs compiled so far."""
-        return self._prefill._cache_size() + self._decode._cache_size()
+        return sum(program._cache_size() for program in (self._prefill, self._decode))  # pyright: ignore[reportAttributeAccessIssue]
 
     def append(
         self, model: qwen3.Qwen3, state: EngineState, ids_by_row: Mapping[int, Sequence[int]], fresh: frozenset[int]

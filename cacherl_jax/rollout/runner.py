@@ -27,7 +27,7 @@ def run(
     config: RolloutConfig,
     seed: int,
     *,
-    on_done: Callable[[Trajectory], None] | None = None,
+    on_done: Callable[[Trajectory], object] | None = None,
 ) -> list[Trajectory]:
     """Plays every (task, sample) and returns the trajectories in the order asked.
 

@@ -1,8 +1,8 @@
 """Agents of stated competence that act live, as real corpora mix them.
 
 expert    follows an accepted reference and answers with what was asked.
-stopper   is right as far as it goes, but stops early and answers with what it has: sometimes on tasks of two calls,
-          always on longer ones, mostly after the first call.
+stopper   is right as far as it goes, but stops after the first call and answers with what it has: on half of the tasks of
+          two calls, always on longer ones.
 wanderer  finishes, but on tasks with calls makes one needless call on the way: repeats a call it has just made.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 from cacherl_jax.tools.world.phrasing import CANNED
 from cacherl_jax.types import Observation, Task, ToolCall
 
-# Shares of the tasks of two calls, and of longer ones, that a stopper cuts; of the cuts that come right after the first call.
-STOP_SHARE_TWO, STOP_SHARE_LONG, FIRST_SHARE = 0.3, 1.0, 0.9
+# Share of the tasks of two calls that a stopper cuts.
+STOP_SHARE_TWO = 0.5
 
 Plan = tuple[ToolCall, ...]
 
@@ -28,9 +28,8 @@ def expert(task: Task, rng: np.random.Generator) -> Plan:
 
 def stopper(task: Task, rng: np.random.Generator) -> Plan:
     plan = expert(task, rng)
-    if len(plan) < 2 or rng.random() >= (STOP_SHARE_TWO if len(plan) == 2 else STOP_SHARE_LONG):
-        return plan
-    return plan[: 1 if rng.random() < FIRST_SHARE else int(rng.integers(1, len(plan)))]
+    stops = len(plan) > 2 or (len(plan) == 2 and rng.random() < STOP_SHARE_TWO)
+    return plan[:1] if stops else plan
 
 
 def wanderer(task: Task, rng: np.random.Generator) -> Plan:

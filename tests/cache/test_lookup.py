@@ -46,7 +46,9 @@ PAY = ToolCall.of("pay", account="a1", amount="5")
 @pytest.fixture
 def cache():
     store = MemoryStore()
-    record_transcript(store, transcript((FIND, "rain", None), (BALANCE, "90", None), (PAY, "ok", None), (BALANCE, "85", None)), SPECS, "state")
+    record_transcript(
+        store, transcript((FIND, "rain", None), (BALANCE, "90", None), (PAY, "ok", None), (BALANCE, "85", None)), SPECS, "state"
+    )
     record_transcript(store, transcript((ToolCall.of("pay", account="a2", amount="9"), "{}", "too_little")), SPECS, "state")
     return CachedTools(store, SPECS, CacheConfig(), seed=0)
 

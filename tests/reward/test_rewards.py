@@ -91,7 +91,9 @@ def mean_by_tier(kind, groups=10_000, size=8):
         process_G = rng.uniform(0.8, 1.0, size)
         weight_G = np.array(TIER_WEIGHTS[kind])[tiers_G]
         advantage_G = (
-            paper(answer_G, process_G, weight_G) if kind == "paper" else calibrated(answer_G, process_G, weight_G, process_weight=0.5)
+            paper(answer_G, process_G, weight_G)
+            if kind == "paper"
+            else calibrated(answer_G, process_G, weight_G, process_weight=0.5)
         )
         for tier in range(4):
             if (tiers_G == tier).any():

@@ -20,7 +20,9 @@ from cacherl_jax.train import losses
 SPECS = tool_specs()
 TOK = train_tokenizer([t.messages[0].content for t in make_tasks("train", 60, 0)], chat.template_runs(list(SPECS.values())), 500)
 CONFIG = RolloutConfig(rows=8, context=192, decode_steps=3, max_turn_tokens=24, max_sampled_tokens=80, max_turns=3)
-MODEL = ModelConfig(vocab_size=TOK.vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48)
+MODEL = ModelConfig(
+    vocab_size=TOK.vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48
+)
 TASKS = make_tasks("train", 14, 0)
 
 
@@ -80,7 +82,12 @@ def test_sampler_and_trainer_agree_on_every_sampled_token(model, played):
 def test_budgets_groups_and_lengths_compile_nothing_new(engine, model, played):
     before = engine.compilations()
     for tokens in (5, 9, 24):
-        play(engine, model, [(TASKS[2], s) for s in range(5)], config=dataclasses.replace(CONFIG, max_turn_tokens=tokens, temperature=0.7))
+        play(
+            engine,
+            model,
+            [(TASKS[2], s) for s in range(5)],
+            config=dataclasses.replace(CONFIG, max_turn_tokens=tokens, temperature=0.7),
+        )
     assert engine.compilations() == before <= 4
 
 

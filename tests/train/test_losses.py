@@ -39,9 +39,7 @@ def arrays():
 
 def test_grpo_loss_equals_numpy_term_by_term():
     (logprobs_BT, old_BT, ref_BT), advantages_B = arrays()
-    loss, metrics = grpo_loss(
-        logprobs_BT, old_BT, ref_BT, MASK_BT, advantages_B, clip_low=0.1, clip_high=0.3, kl_coef=0.7
-    )
+    loss, metrics = grpo_loss(logprobs_BT, old_BT, ref_BT, MASK_BT, advantages_B, clip_low=0.1, clip_high=0.3, kl_coef=0.7)
     policy, kl, clipped, n = 0.0, 0.0, 0, 0
     for b in range(B):
         for t in range(1, T):

@@ -14,7 +14,7 @@ import pytest
 from cacherl_jax import checkpoint, metrics
 from cacherl_jax.config import Config, ConfigError, MeshConfig, ModelConfig, OptimizerConfig, SftConfig
 from cacherl_jax.data.pipeline import Row, bucketed, collate
-from cacherl_jax.mesh import make_mesh, place
+from cacherl_jax.mesh import make_mesh
 from cacherl_jax.model import qwen3
 from cacherl_jax.train import sft
 from cacherl_jax.train import step as steps

@@ -45,7 +45,8 @@ class Clairvoyant(ScriptedTeacher):
 
 def test_a_teacher_that_knows_the_future_is_refused():
     report = ThinkingReport()
-    early = dataclasses.replace(TRANSCRIPT, messages=(TRANSCRIPT.messages[0], Message("assistant", tool_calls=(CALL,)), *TRANSCRIPT.messages[2:]))
+    silent = Message("assistant", tool_calls=(CALL,))
+    early = dataclasses.replace(TRANSCRIPT, messages=(TRANSCRIPT.messages[0], silent, *TRANSCRIPT.messages[2:]))
     thought = add_thinking(early, Clairvoyant({}), report)
     assert report.leaked == 1 and thought.messages[1].reasoning == ""
     assert "shipped" in thought.messages[-1].reasoning  # known by then

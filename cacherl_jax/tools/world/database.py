@@ -1,7 +1,7 @@
 """The world's state: one database a split, derived from a seed, with names and ids that no other split has.
 
-Names are built from one inventory of syllables and ids from digits, so that a test name is new while its tokens are not: a
-policy must copy, it cannot have memorised.
+A name is two words of small inventories and an id a letter with three digits, so that a test name is new while its words
+are not: a policy must copy, it cannot have memorised.
 """
 
 from __future__ import annotations
@@ -18,9 +18,17 @@ import numpy as np
 SPLITS = ("train", "validation", "test")
 _SHARES = (0.6, 0.1, 0.3)  # of names and ids, by split
 
-_FIRST = ["Ba", "Do", "Fe", "Gi", "Ka", "Lu", "Me", "No", "Pa", "Ri", "Sa", "Tu", "Va", "Wo", "Za", "Jo", "He", "Ni", "Ro", "Te"]
-_MIDDLE = ["lan", "mir", "vel", "dor", "tas", "nek", "ron", "lis", "gar", "pem", "bos", "tur"]
-_LAST = ["do", "ka", "lin", "mar", "nes", "po", "rik", "sa", "tan", "vo", "wen", "xi"]
+# The two words of a person's name, and of a city's.
+_PERSON = (
+    "Ann Ben Cara Dan Eva Finn Gus Hana Ida Jan Kim Leo Mia Ned Olga Paul Rosa Sam Tim Uma Vera Will Yan Zoe Amy Bob Dora Emil "
+    "Fay Gil Hugo Iris Joe Kate Lena Max",
+    "Bell Cole Dean Ford Gray Hill Hunt King Lane Moss Nash Page Reed Ross Shaw Todd Wade West Wood York Adams Baker Clark "
+    "Diaz Ellis Frost Gomez Hayes Jones Kelly Lopez Moore Owens Perez Quinn Smith",
+)
+_CITY = (
+    "North South East New Old Port Saint Fort Lake Grand Upper Lower Great Little High Royal Green Black White Silver Golden Red",
+    "Bay Haven Falls Creek Ridge Grove Point Valley Beach Castle Bridge Forest Harbor Island Garden Meadow Rock Tower",
+)
 
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday")
 ITEMS = ("lamp", "desk", "chair", "phone", "book", "clock")
@@ -59,7 +67,7 @@ class Database:
     def written(self, table: str) -> dict[str, dict]:
         """What this episode wrote to a table."""
         rows = getattr(self, table)
-        return rows.maps[0] if isinstance(rows, ChainMap) else {}
+        return dict(rows.maps[0]) if isinstance(rows, ChainMap) else {}
 
     def new_id(self, letter: str, table: str, *parts: object) -> str:
         """An id for a row to be written, from what it holds and how many were written to its table before."""
@@ -77,8 +85,9 @@ def _ids(letter: str) -> dict[str, list[str]]:
 
 
 @cache
-def _names() -> dict[str, list[str]]:
-    names = ["".join(parts) for parts in itertools.product(_FIRST, _MIDDLE, _LAST)]
+def _names(words: tuple[str, str]) -> dict[str, list[str]]:
+    """All names of two words, by split."""
+    names = [" ".join(pair) for pair in itertools.product(*(w.split() for w in words))]
     return _shared_out([names[i] for i in np.random.default_rng(0).permutation(len(names))])
 
 
@@ -95,8 +104,8 @@ def database(split: str, seed: int) -> Database:
     index = SPLITS.index(split)
     rng = np.random.default_rng((seed, index))
     count = {name: rows[index] for name, rows in ROWS.items()}
-    names = list(rng.permutation(_names()[split])[: count["people"] + count["cities"]])
-    people_names, city_names = [str(n) for n in names[: count["people"]]], [str(n) for n in names[count["people"] :]]
+    people_names = [str(name) for name in rng.permutation(_names(_PERSON)[split])[: count["people"]]]
+    city_names = [str(name) for name in rng.permutation(_names(_CITY)[split])[: count["cities"]]]
 
     def ids(letter: str, n: int) -> list[str]:
         return [str(i) for i in rng.permutation(_ids(letter)[split])[:n]]
