@@ -96,7 +96,6 @@ class CacheConfig:
     fuzzy_threshold: float = 0.5  # Jaccard similarity of typed key=value tokens
     best_effort: bool = True
     fidelity_exact: float = 1.0
-    fidelity_adapted: float = 0.95
     fidelity_fuzzy: float = 0.3
     fidelity_best_effort: float = 0.1
     fidelity_miss: float = 0.0

@@ -30,7 +30,7 @@ LOGICAL_TO_MESH: dict[str, str | None] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (all by default). Raises ConfigError when the sizes do not multiply to their number."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = (config.data, config.fsdp, config.tp)

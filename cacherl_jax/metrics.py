@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import tqdm
 
-
 Progress = tqdm.tqdm
 
 

@@ -112,7 +112,10 @@ def think(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any
             tok = Tokenizer.load(Path(run.config.tokenizer.path))
         else:
             texts = (text for transcript in thought for text in _texts(transcript))
-            tok = train_tokenizer(texts, chat.template_runs(list(specs.values())), run.config.tokenizer.vocab_size)
+            # Tools that training never shows get no tokens of their own: their definitions are read as text.
+            used = {name for transcript in thought for name in transcript.tools}
+            runs = chat.template_runs([spec for name, spec in specs.items() if name in used])
+            tok = train_tokenizer(texts, runs, run.config.tokenizer.vocab_size)
         tok.save(folder / "tokenizer")
         return {"transcripts": len(thought), "unreadable": problems, "vocab_size": tok.vocab_size} | counts.to_json()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import re
 from importlib import metadata
 from types import ModuleType
 
@@ -42,7 +43,9 @@ def check_pair(jax: str, flax: str) -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+    """The leading digits of up to three parts: "0.13rc1" is (0, 13)."""
+    digits = (re.match(r"\d+", part) for part in version.split(".")[:3])
+    return tuple(int(found.group()) for found in digits if found)
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -33,7 +33,8 @@ class SgdCorpus:
     """Schema-Guided Dialogue for a run: train and a held-out tenth of it from `train/`, test from `dev/`.
 
     With `services`, train and validation keep dialogues that use these alone, test those and `unseen_services`. A test
-    task's family says whether its services occur in training: "seen/Banks_1", "unseen/Banks_2".
+    task's family says whether its services occur in training: "seen/Banks_1", "unseen/Banks_2". Dialogues are taken in the
+    order of a hash of their ids, so that a part of a split is like the whole: the files are sorted by service.
     """
 
     provenance: ClassVar[dict[str, str]] = {"source": sgd.ATTRIBUTION, "licence": sgd.LICENCE}
@@ -46,19 +47,15 @@ class SgdCorpus:
         for name in (*config.services, *config.unseen_services):
             if not any(tool.startswith(f"{name}.") for tool in self.specs):
                 raise ConfigError(f"data.services: {root} has no service {name!r}")
-        kept = [t for t in train.transcripts() if self._wanted(t, config.services)]
-        held_out = [t for t in kept if zlib.crc32(t.id.encode()) % 10 == 0]
-        test = [t for t in dev.transcripts() if self._wanted(t, (*config.services, *config.unseen_services))]
+        kept = sorted((t for t in train.transcripts() if _uses_only(t, config.services)), key=_hash)
+        test = sorted((t for t in dev.transcripts() if _uses_only(t, config.services, config.unseen_services)), key=_hash)
         self._seen = {service for t in kept for service in _services(t)}
         self._splits = {
-            "train": [t for t in kept if zlib.crc32(t.id.encode()) % 10][: config.train_tasks],
-            "validation": held_out[: config.validation_tasks],
+            "train": [t for t in kept if _hash(t) % 10][: config.train_tasks],
+            "validation": [t for t in kept if _hash(t) % 10 == 0][: config.validation_tasks],
             "test": test[: config.test_tasks],
         }
         self.problems = train.problems + dev.problems
-
-    def _wanted(self, transcript: Transcript, services: tuple[str, ...]) -> bool:
-        return not services or _services(transcript) <= set(services)
 
     def tasks(self, split: str) -> list[Task]:
         return [to_task(t, split, self._family(t)) for t in self._splits[split]]
@@ -80,3 +77,11 @@ class SgdCorpus:
 
 def _services(transcript: Transcript) -> set[str]:
     return {name.split(".")[0] for name in transcript.tools}
+
+
+def _uses_only(transcript: Transcript, services: tuple[str, ...], more: tuple[str, ...] = ()) -> bool:
+    return not services or _services(transcript) <= {*services, *more}
+
+
+def _hash(transcript: Transcript) -> int:
+    return zlib.crc32(transcript.id.encode())

@@ -11,7 +11,7 @@ import numpy as np
 from cacherl_jax.tools.registry import run_live
 from cacherl_jax.tools.world.database import DAYS, SPLITS, Database, database
 from cacherl_jax.tools.world.phrasing import phrases
-from cacherl_jax.tools.world.tools import _TOOLS, tool_specs
+from cacherl_jax.tools.world.tools import TOOLS, tool_specs
 from cacherl_jax.types import Message, Task, ToolCall
 
 # Family -> share of tasks, and its kinds of request in equal parts.
@@ -53,7 +53,7 @@ class _Episode:
     def call(self, name: str, /, **arguments: Any) -> Any:
         call = ToolCall.of(name, **arguments)
         self.calls.append(call)
-        return json.loads(run_live(_TOOLS[name], self.db, call).result.content)
+        return json.loads(run_live(TOOLS[name], self.db, call).result.content)
 
     def answer(self, *facts: object) -> None:
         self.facts = tuple(str(fact) for fact in facts)

@@ -10,7 +10,7 @@ from cacherl_jax.tools.registry import Tool, ToolError, run_live
 from cacherl_jax.tools.world.database import DAYS, Database, database
 from cacherl_jax.types import Effects, Observation, Task, ToolCall, ToolSpec
 
-_TOOLS: dict[str, Tool] = {}
+TOOLS: dict[str, Tool] = {}
 _TYPES: dict[str, dict[str, Any]] = {
     "amount": {"type": "integer", "minimum": 1},
     "day": {"type": "string", "enum": list(DAYS)},
@@ -29,7 +29,7 @@ def _tool(description: str, *, reads: str = "", writes: str = "") -> Callable[[C
             "additionalProperties": False,
         }
         effects = Effects(reads=tuple(reads.split()), writes=tuple(writes.split()))
-        _TOOLS[run.__name__] = Tool(ToolSpec(run.__name__, description, parameters, effects), run)
+        TOOLS[run.__name__] = Tool(ToolSpec(run.__name__, description, parameters, effects), run)
         return run
 
     return register
@@ -155,7 +155,7 @@ def get_reservation(db: Database, reservation_id: str) -> Any:
 @cache
 def tool_specs() -> dict[str, ToolSpec]:
     """The tools as agents see them, by name, in the order in which every task lists them."""
-    return {name: tool.spec for name, tool in _TOOLS.items()}
+    return {name: tool.spec for name, tool in TOOLS.items()}
 
 
 class LiveSession:
@@ -165,7 +165,7 @@ class LiveSession:
         self.db = db
 
     def execute(self, call: ToolCall) -> Observation:
-        return run_live(_TOOLS[call.name], self.db, call)
+        return run_live(TOOLS[call.name], self.db, call)
 
 
 class LiveTools:

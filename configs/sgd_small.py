@@ -1,0 +1,54 @@
+"""The same job on real recorded conversations: Schema-Guided Dialogue, nine services, a Qwen3 of 1M parameters from scratch.
+
+Command:  cacherl demo --config configs/sgd_small.py --set data.path=sgd --out runs/sgd_small
+Cost:     at most 3,600 CPU-seconds, 4 GB
+Expect:   see experiments/sgd_small/
+
+`sgd` is a folder with the upstream repository's train/ and dev/ (https://github.com/google-research-datasets/
+dstc8-schema-guided-dialogue, CC BY-SA 4.0), compressed or not.
+"""
+
+from cacherl_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    GrpoConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    SftConfig,
+    TokenizerConfig,
+)
+
+SEEN = ("Banks_1", "Buses_1", "Events_1", "Homes_1", "Hotels_1", "Media_1", "Movies_1", "Music_2", "RentalCars_1")
+UNSEEN = ("Alarm_1", "Banks_2", "Media_2")
+
+
+def get_config() -> Config:
+    return Config(
+        name="sgd_small",
+        data=DataConfig(
+            source="sgd",
+            path="sgd",
+            services=SEEN,
+            unseen_services=UNSEEN,
+            train_tasks=100_000,  # all of them
+            validation_tasks=100,
+            test_tasks=100_000,
+        ),
+        tokenizer=TokenizerConfig(vocab_size=2500),
+        model=ModelConfig(),
+        sft=SftConfig(
+            steps=1400,
+            tokens_per_batch=2048,
+            optimizer=OptimizerConfig(learning_rate=0.01, adam_learning_rate=2e-3),
+        ),
+        rollout=RolloutConfig(context=1024, max_turns=24, max_turn_tokens=96, max_sampled_tokens=600, max_tool_tokens=96, rows=64),
+        grpo=GrpoConfig(
+            steps=24,
+            prompts=8,
+            group=8,
+            optimizer=OptimizerConfig(learning_rate=0.006, adam_learning_rate=6e-4, warmup_steps=2, schedule="constant"),
+        ),
+        eval=EvalConfig(),
+    )
