@@ -33,8 +33,8 @@ setup(
     packages=find_packages(include=["cacherl_jax", "cacherl_jax.*"]),
     package_data={"cacherl_jax": ["data/*.json", "evaluate/*.html"]},
     install_requires=[
-        "jax>=0.10",
-        "flax>=0.12",
+        "jax>=0.7.2",
+        "flax>=0.11.2",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12.3,<1.0",
         "transformers>=5,<6",
