@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--source", choices=("sgd",), required=True)
         verb.add_argument("--path", type=Path, required=True, help="folder of one split, with schema.json beside the dialogues")
         verb.add_argument("--store", type=Path, required=True)
-        verb.add_argument("--key", choices=("raw", "canonical", "state"), default="state")
+        verb.add_argument("--key", choices=("raw", "canonical", "state"), help="import: default state; lookup: the store's")
         verb.add_argument("--json", action="store_true", help="one JSON object on standard output")
         verb.set_defaults(verb=call)
     return parser
@@ -110,7 +110,9 @@ def _cache_import(args: argparse.Namespace) -> dict[str, Any]:
 
     corpus = sgd.read(args.path)
     with SQLiteStore(args.store, mode="rw") as store:
-        counts = import_transcripts(store, corpus.transcripts(), corpus.specs, args.key)
+        if next(store.entries(), None) is not None:
+            raise ConfigError(f"--store {args.store} already holds entries, which would be counted twice; choose another file")
+        counts = import_transcripts(store, corpus.transcripts(), corpus.specs, args.key or "state")
     return counts | {"malformed": len(corpus.problems)}
 
 
@@ -121,7 +123,10 @@ def _cache_lookup(args: argparse.Namespace) -> dict[str, Any]:
 
     corpus = sgd.read(args.path)
     with SQLiteStore(args.store, mode="r") as store:
-        counts = lookup_transcripts(store, corpus.transcripts(), corpus.specs, args.key)
+        keyed: Any = store.metadata().get("key")
+        if keyed is None or args.key not in (None, keyed):
+            raise ConfigError(f"--key {args.key}: the keys of store {args.store} are {keyed or 'not of an imported corpus'}")
+        counts = lookup_transcripts(store, corpus.transcripts(), corpus.specs, keyed)
     return counts | {"malformed": len(corpus.problems)}
 
 
