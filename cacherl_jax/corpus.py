@@ -19,10 +19,6 @@ class Corpus(Protocol):
 
     def transcripts(self, split: str) -> Iterator[Transcript]: ...
 
-    def live(self, split: str) -> ToolProvider | None:
-        """The tools themselves, where they can be run."""
-        ...
-
 
 class WorldCorpus:
     """The embedded tool world, recorded live by its demonstrators."""
@@ -44,13 +40,10 @@ class WorldCorpus:
 
     def transcripts(self, split: str) -> Iterator[Transcript]:
         from cacherl_jax.tools.record import record
-
-        return record(self.tasks(split), self._config.data.demonstrators, self.live(split), self.specs, self._config.seed)
-
-    def live(self, split: str) -> ToolProvider:
         from cacherl_jax.tools.world import LiveTools
 
-        return LiveTools(split, self._config.seed)
+        live = LiveTools(split, self._config.seed)
+        return record(self.tasks(split), self._config.data.demonstrators, live, self.specs, self._config.seed)
 
 
 def open_corpus(config: Config) -> Corpus:
@@ -60,6 +53,15 @@ def open_corpus(config: Config) -> Corpus:
     from cacherl_jax.data.tasks import SgdCorpus
 
     return SgdCorpus(config.data)
+
+
+def live_tools(config: Config, split: str) -> ToolProvider | None:
+    """The tools themselves; None for a recorded corpus, whose tools cannot be run."""
+    if config.data.source != "world":
+        return None
+    from cacherl_jax.tools.world import LiveTools
+
+    return LiveTools(split, config.seed)
 
 
 def specs_from_json(rows: Sequence[Mapping[str, Any]]) -> dict[str, ToolSpec]:

@@ -195,9 +195,8 @@ def evaluate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, 
     def body(folder: Path) -> dict[str, Any]:
         config, tok, specs = model_config(run), load_tokenizer(run), load_specs(run)
         tasks = load_tasks(run, "test")
-        corpus = corpora.open_corpus(config)
         providers: dict[str, ToolProvider] = {"cached": open_cache(run, "test", specs)}
-        live = corpus.live("test")
+        live = corpora.live_tools(config, "test")
         if live is not None:
             providers["live"] = live
         engine = Engine(config.model, config.rollout, tok.im_end)

@@ -70,10 +70,6 @@ class SgdCorpus:
     def transcripts(self, split: str) -> Iterator[Transcript]:
         return iter(self._splits[split])
 
-    def live(self, split: str) -> None:
-        """The recorded services cannot be run."""
-        return None
-
 
 def _services(transcript: Transcript) -> set[str]:
     return {name.split(".")[0] for name in transcript.tools}

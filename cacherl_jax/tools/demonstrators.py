@@ -1,7 +1,7 @@
 """Agents of stated competence that act live, as real corpora mix them.
 
 expert    follows an accepted reference and answers with what was asked.
-stopper   is right as far as it goes, but stops after the first call and answers with what it has: on most tasks of
+stopper   is right as far as it goes, but stops after the first call and answers with what it has: on half of the tasks of
           two calls, always on longer ones.
 wanderer  finishes, but on tasks with calls makes one needless call on the way: repeats a call it has just made.
 """
@@ -17,7 +17,7 @@ from cacherl_jax.tools.world.phrasing import CANNED
 from cacherl_jax.types import Observation, Task, ToolCall
 
 # Share of the tasks of two calls that a stopper cuts.
-STOP_SHARE_TWO = 0.8
+STOP_SHARE_TWO = 0.5
 
 Plan = tuple[ToolCall, ...]
 

@@ -39,7 +39,7 @@ def main() -> None:
         middle.bar_label(bar, fmt="%.2f", label_type="center")
         middle.plot([x] * len(values), values, "k.", zorder=3)
     middle.set(title=f"{summaries[0]['tasks']} test tasks, live tools", ylim=(0, 1))
-    middle.set_xticks(range(3), [name.replace(" ", "\n", 1) if "," in name else name.replace(" ", "\n", 1) for name in POLICIES.values()])
+    middle.set_xticks(range(3), [name.replace(" ", "\n", 1) for name in POLICIES.values()])
     width = 0.27
     for i, policy in enumerate(POLICIES):
         means = [np.mean(of(policy, family)) for family in families]
@@ -69,7 +69,9 @@ def main() -> None:
         print(f"| {family} ({n}) | " + " | ".join(f"{np.mean(of(p, family)):.2f}" for p in POLICIES) + " |")
     for kind in ("calls", "rollouts"):
         names = sorted({t for s in summaries for t in s["tiers"][kind]})
-        print(f"\ntiers by {kind}:", {t: round(float(np.mean([s["tiers"][kind].get(t, 0.0) for s in summaries])), 3) for t in names})
+        print(
+            f"\ntiers by {kind}:", {t: round(float(np.mean([s["tiers"][kind].get(t, 0.0) for s in summaries])), 3) for t in names}
+        )
 
 
 if __name__ == "__main__":

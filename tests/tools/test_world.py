@@ -111,7 +111,7 @@ def test_demonstrators_have_the_competence_that_they_state(tasks):
         assert transcript.messages[-1].role == "assistant" and transcript.messages[-1].content
     share = {key: sum(v) / len(v) for key, v in right.items()}
     assert [share["expert", n] for n in range(4)] == [1.0] * 4
-    assert share["stopper", 0] == share["stopper", 1] == 1.0 and 0.1 < share["stopper", 2] < 0.3 and share["stopper", 3] == 0.0
+    assert share["stopper", 0] == share["stopper", 1] == 1.0 and 0.4 < share["stopper", 2] < 0.6 and share["stopper", 3] == 0.0
     assert share["wanderer", 0] == 1.0 and share["wanderer", 1] == share["wanderer", 2] == share["wanderer", 3] == 0.0
 
 

@@ -1,0 +1,97 @@
+"""Draws figure.png and writes result.json from a finished run: services seen and unseen apart, tiers, cross coverage.
+
+Command:  python experiments/sgd_small/collect.py runs/sgd_small
+"""
+
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from cacherl_jax import stages
+from cacherl_jax.config import Config
+from cacherl_jax.evaluate import coverage, intervals, process_accuracy
+from cacherl_jax.evaluate.report import TIER_COLOURS
+from cacherl_jax.metrics import read_metrics
+from cacherl_jax.run_directory import RunDirectory
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    run = RunDirectory(out, Config.from_json(json.loads((out / "run.json").read_text())["config"]))
+    specs, tasks = stages.load_specs(run), stages.load_tasks(run, "test")
+    result: dict = {"cpu_seconds_by_stage": run.cpu_seconds(), "cpu_seconds": sum(run.cpu_seconds().values())}
+    correct = {}
+    for policy in ("sft", "grpo"):
+        trajectories = stages.load_trajectories(out / "eval" / f"{policy}.cached.jsonl")
+        correct[policy] = [process_accuracy.process_accuracy(t, r.calls, specs) for t, r in zip(tasks, trajectories, strict=True)]
+        for group in ("seen", "unseen"):
+            chosen = [i for i, t in enumerate(tasks) if t.family.startswith(group + "/")]
+            measured = process_accuracy.evaluate([tasks[i] for i in chosen], [trajectories[i] for i in chosen], specs)
+            result[f"{policy}.{group}"] = {
+                "tasks": len(chosen),
+                "process_accuracy": [measured.process.mean, measured.process.low, measured.process.high],
+                "milestones": measured.milestones.mean,
+                "calls_per_task": measured.calls_per_task,
+                "stops": dict(Counter(trajectories[i].stop.value for i in chosen)),
+                "tiers": dict(Counter(o.tier.value for i in chosen for o in trajectories[i].observations)),
+            }
+    for group in ("seen", "unseen"):
+        chosen = [i for i, t in enumerate(tasks) if t.family.startswith(group + "/")]
+        gain = intervals.paired_difference(
+            [correct["grpo"][i] for i in chosen], [correct["sft"][i] for i in chosen], seed=0, draws=10_000
+        )
+        result[f"gain.{group}"] = [gain.mean, gain.low, gain.high]
+        served = coverage.coverage([tasks[i] for i in chosen], stages.open_cache(run, "train", specs))
+        result[f"reference calls of test tasks in the training store, {group}"] = served.to_json()["tiers"]
+    result["tiers in training"] = json.loads((out / "summary.json").read_text())["tiers"]
+    (HERE / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    shutil.copy(out / "summary.json", HERE / "summary.json")
+    shutil.copy(out / "grpo" / "metrics.jsonl", HERE / "metrics.jsonl")
+    _draw(read_metrics(out / "sft" / "metrics.jsonl"), read_metrics(out / "grpo" / "metrics.jsonl"), result)
+
+
+def _draw(sft: list, grpo: list, result: dict) -> None:
+    figure, (first, second, third, fourth) = plt.subplots(1, 4, figsize=(17, 4), constrained_layout=True)
+    rows = [r for r in sft if "loss" in r]
+    first.plot([r["step"] for r in rows], [r["loss"] for r in rows], color="#555555", lw=0.8)
+    first.set(title="SFT: loss on the assistant's tokens", xlabel="step", ylim=(0, None))
+    rows = [r for r in grpo if "tiers" in r]
+    steps = [r["step"] for r in rows]
+    second.plot(steps, [r["process"] for r in rows], color="#0072B2", label="process reward, train tasks")
+    second.plot(steps, [r["accuracy"] for r in rows], color="#009E73", label="process accuracy, train tasks, sampled")
+    checked = [(r["step"], r["validation"]) for r in grpo if r.get("validation") is not None]
+    second.plot(*zip(*checked, strict=True), "o--", color="black", label="process accuracy, held-out tenth, greedy")
+    second.set(title="GRPO from the cache", xlabel="step", ylim=(0, 1))
+    second.legend(fontsize=8)
+    tiers = [t for t in TIER_COLOURS if any(r["tiers"].get(t) for r in rows)]
+    third.stackplot(
+        steps, [[r["tiers"].get(t, 0) for r in rows] for t in tiers], labels=tiers, colors=[TIER_COLOURS[t] for t in tiers]
+    )
+    third.set(title="How the cache answered in training", xlabel="step", ylabel="share of calls", ylim=(0, 1), xmargin=0)
+    third.legend(fontsize=8, loc="lower right")
+    for i, (policy, colour) in enumerate((("sft", "#BBBBBB"), ("grpo", "#009E73"))):
+        for x, group in enumerate(("seen", "unseen")):
+            mean, low, high = result[f"{policy}.{group}"]["process_accuracy"]
+            at = x + (i - 0.5) * 0.38
+            fourth.bar(at, mean, 0.36, color=colour, label=policy.upper() if x == 0 else None)
+            fourth.errorbar(at, mean, [[mean - low], [high - mean]], color="black", capsize=4)
+            fourth.text(at, high + 0.01, f"{mean:.2f}", ha="center")
+    fourth.set_xticks((0, 1), [f"{g} services\n({result[f'sft.{g}']['tasks']} dialogues)" for g in ("seen", "unseen")])
+    fourth.set(title="dev, once: process accuracy", ylim=(0, None))
+    fourth.legend()
+    for axes in (first, second, third, fourth):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(HERE / "figure.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()
