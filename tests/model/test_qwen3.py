@@ -1,6 +1,7 @@
 """The model against transformers' Qwen3ForCausalLM, and against itself: cached, packed, causal."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ ODD = ModelConfig(
 )
 
 
+GOLDEN = Path(__file__).parent.parent / "testdata" / "qwen3_golden.npz"
+
+
 def tokens_of(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, ODD.vocab_size, shape), jnp.int32)
 
@@ -36,13 +40,32 @@ def model():
     return qwen3.init(ODD, jax.random.key(1))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def pair(request):
-    """Our model and transformers' with the same random weights, norms included."""
-    torch = pytest.importorskip("torch", reason="parity with transformers needs torch: pip install torch==2.13.0")
+def weights_of(config):
+    """Random weights under Hugging Face's names, norms included: the same wherever they are made."""
+    like = hf.to_hf(config, qwen3.to_dict(qwen3.init(config, jax.random.key(0))))
+    rng = np.random.default_rng(5)
+    return {n: (rng.normal(size=w.shape) * 0.2 + (w.ndim == 1)).astype(np.float32) for n, w in sorted(like.items())}
+
+
+def outcome(config):
+    """Our logits, loss and gradients by Hugging Face's names, for the weights of `weights_of`."""
+    tokens_BT = tokens_of((2, 19))
+
+    def loss_fn(model):
+        logits_BTV = qwen3.logits(model, qwen3.forward(model, tokens_BT, jnp.ones_like(tokens_BT)))
+        logprobs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
+        return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1).mean(), logits_BTV
+
+    ours = qwen3.from_dict(config, jax.tree.map(jnp.asarray, hf.from_hf(config, weights_of(config))))
+    (loss, logits_BTV), gradients = jax.value_and_grad(loss_fn, has_aux=True)(ours)
+    return np.asarray(logits_BTV), float(loss), hf.to_hf(config, qwen3.to_dict(gradients))
+
+
+def transformers_outcome(config):
+    """The same by transformers. Also run by `python tests/model/test_qwen3.py`, which writes the golden file."""
+    import torch
     import transformers
 
-    config = dataclasses.replace(ODD, tie_word_embeddings=request.param)
     theirs = transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(
             vocab_size=config.vocab_size,
@@ -59,34 +82,51 @@ def pair(request):
             attn_implementation="eager",
         )
     )
-    generator = torch.Generator().manual_seed(5)
+    parameters = dict(theirs.named_parameters())
+    given = weights_of(config)
+    assert given.keys() == parameters.keys()
     with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
-    tensors = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
-    return torch, theirs, config, qwen3.from_dict(config, hf.from_hf(config, tensors))
-
-
-def test_logits_and_gradients_equal_transformers(pair):
-    torch, theirs, config, ours = pair
-    tokens_BT = tokens_of((2, 19))
-    targets = np.asarray(tokens_BT)
-    out = theirs(torch.tensor(targets).long(), labels=torch.tensor(targets).long())
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.tensor(given[name]))
+    tokens_BT = torch.tensor(np.asarray(tokens_of((2, 19)))).long()
+    out = theirs(tokens_BT, labels=tokens_BT)
     out.loss.backward()
+    return out.logits.detach().numpy(), out.loss.item(), {name: p.grad.numpy() for name, p in parameters.items()}
 
-    def loss_fn(model):
-        logits_BTV = qwen3.logits(model, qwen3.forward(model, tokens_BT, jnp.ones_like(tokens_BT)))
-        logprobs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
-        return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1).mean(), logits_BTV
 
-    (loss, logits_BTV), gradients = jax.value_and_grad(loss_fn, has_aux=True)(ours)
-    np.testing.assert_allclose(logits_BTV, out.logits.detach().numpy(), atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(loss, out.loss.item(), rtol=1e-5)
-    ours_by_name = hf.to_hf(config, qwen3.to_dict(gradients))
-    theirs_by_name = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
-    assert ours_by_name.keys() == theirs_by_name.keys()
-    for name, gradient in theirs_by_name.items():
-        np.testing.assert_allclose(ours_by_name[name], gradient, atol=1e-4, err_msg=name)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_logits_and_gradients_equal_transformers(tied):
+    pytest.importorskip("torch", reason="parity with transformers needs torch: pip install torch==2.13.0")
+    config = dataclasses.replace(ODD, tie_word_embeddings=tied)
+    logits_BTV, loss, gradients = outcome(config)
+    their_logits_BTV, their_loss, their_gradients = transformers_outcome(config)
+    np.testing.assert_allclose(logits_BTV, their_logits_BTV, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(loss, their_loss, rtol=1e-5)
+    assert gradients.keys() == their_gradients.keys()
+    for name, gradient in their_gradients.items():
+        np.testing.assert_allclose(gradients[name], gradient, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_logits_and_gradients_equal_those_that_transformers_gave(tied):
+    """Where torch is absent the golden file keeps the parity; gradients of matrices by their norms."""
+    golden = np.load(GOLDEN)
+    logits_BTV, loss, gradients = outcome(dataclasses.replace(ODD, tie_word_embeddings=tied))
+    np.testing.assert_allclose(logits_BTV, golden[f"{tied}/logits"], atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(loss, golden[f"{tied}/loss"], rtol=1e-5)
+    for name, gradient in gradients.items():
+        kept = gradient if gradient.ndim == 1 else np.linalg.norm(gradient)
+        np.testing.assert_allclose(kept, golden[f"{tied}/{name}"], atol=1e-4, rtol=1e-4, err_msg=name)
+
+
+def write_golden():
+    arrays = {}
+    for tied in (False, True):
+        logits_BTV, loss, gradients = transformers_outcome(dataclasses.replace(ODD, tie_word_embeddings=tied))
+        arrays |= {f"{tied}/logits": logits_BTV, f"{tied}/loss": np.float32(loss)}
+        arrays |= {f"{tied}/{name}": g if g.ndim == 1 else np.linalg.norm(g) for name, g in gradients.items()}
+    GOLDEN.parent.mkdir(exist_ok=True)
+    np.savez_compressed(GOLDEN, **arrays)
 
 
 def test_hf_names_and_layouts_round_trip(model):
@@ -155,3 +195,7 @@ def test_no_position_sees_a_later_token(model):
     for t in (0, 4, 9):
         moved_V = np.abs(jax.grad(hidden_at)(model.embed_VD[...], t)).sum(axis=1)[:10]
         assert (moved_V[: t + 1] > 0).all() and not moved_V[t + 1 :].any()
+
+
+if __name__ == "__main__":
+    write_golden()
