@@ -13,11 +13,12 @@ def get_config() -> Config:
         name="demo",
         data=DataConfig(train_tasks=2500, demonstrators=("expert", "stopper", "stopper", "stopper", "wanderer")),
         tokenizer=TokenizerConfig(vocab_size=1100),
-        sft=SftConfig(steps=720, optimizer=OptimizerConfig(learning_rate=6e-3, adam_learning_rate=2e-3)),
+        sft=SftConfig(steps=900, optimizer=OptimizerConfig(learning_rate=4.5e-3, adam_learning_rate=3e-3)),
         grpo=GrpoConfig(
-            steps=28,
+            steps=20,
             prompts=16,
             group=8,
-            optimizer=OptimizerConfig(name="adamw", learning_rate=8e-4, warmup_steps=2, schedule="linear"),
+            kl_coef=0.1,
+            optimizer=OptimizerConfig(name="adamw", learning_rate=5e-4, warmup_steps=2, schedule="linear"),
         ),
     )

@@ -11,9 +11,7 @@ dstc8-schema-guided-dialogue, CC BY-SA 4.0), compressed or not.
 from cacherl_jax.config import (
     Config,
     DataConfig,
-    EvalConfig,
     GrpoConfig,
-    ModelConfig,
     OptimizerConfig,
     RolloutConfig,
     SftConfig,
@@ -37,17 +35,14 @@ def get_config() -> Config:
             test_tasks=100_000,
         ),
         tokenizer=TokenizerConfig(vocab_size=1600),
-        model=ModelConfig(),
-        sft=SftConfig(
-            steps=3600,
-            optimizer=OptimizerConfig(learning_rate=5e-3, adam_learning_rate=2e-3),
-        ),
-        rollout=RolloutConfig(context=1024, max_turns=24, max_turn_tokens=96, max_sampled_tokens=600, max_tool_tokens=96, rows=64),
+        sft=SftConfig(steps=3600, optimizer=OptimizerConfig(learning_rate=5e-3, adam_learning_rate=2e-3)),
+        rollout=RolloutConfig(context=1024, max_turns=24, max_turn_tokens=96, max_sampled_tokens=600, max_tool_tokens=96),
         grpo=GrpoConfig(
-            steps=24,
+            steps=30,
             prompts=8,
             group=8,
-            optimizer=OptimizerConfig(learning_rate=0.006, adam_learning_rate=6e-4, warmup_steps=2, schedule="constant"),
+            kl_coef=0.05,
+            optimizer=OptimizerConfig(name="adamw", learning_rate=5e-4, warmup_steps=2, schedule="linear"),
+            validate_every=10,
         ),
-        eval=EvalConfig(),
     )
