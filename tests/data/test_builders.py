@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -132,6 +133,6 @@ def test_nothing_imports_tensorflow_and_tfds_comes_with_its_use(folder, tmp_path
         "print(before, count, 'tensorflow_datasets' in sys.modules, 'tensorflow' in sys.modules)"
     )
     command = [sys.executable, "-c", program, str(folder), str(tmp_path / "prepared")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False 4 True False"
