@@ -52,7 +52,8 @@ class Engine:
     def __init__(self, model: ModelConfig, config: RolloutConfig, stop_id: int) -> None:
         self.rows, self.context = config.rows, config.context
         self._model, self._config = model, config
-        self._prefill = jax.jit(_prefill, donate_argnums=1)
+        # partial: jax.jit of one function shares its programs between engines, and compilations() counts this engine's.
+        self._prefill = jax.jit(partial(_prefill), donate_argnums=1)
         self._decode = jax.jit(
             partial(_decode, steps=config.decode_steps, stop_id=stop_id, top_p=config.top_p, top_k=config.top_k),
             donate_argnums=1,

@@ -111,6 +111,7 @@ def test_long_injections_are_read_in_chunks(model):
     ids = np.random.default_rng(0).integers(0, MODEL.vocab_size, 601).tolist()
     state = engine.append(model, engine.init(), {3: ids}, frozenset({3}))
     assert int(state.lengths_B[3]) == 600 and int(state.pending_B[3]) == ids[-1]
+    assert engine.compilations() == 1  # of this engine, whatever others have compiled
     whole = qwen3.init_cache(MODEL, 1, 640)
     _, whole = qwen3.extend(model, whole, jnp.asarray(ids)[None], jnp.array([0]), jnp.array([600]))
     np.testing.assert_allclose(state.cache.k_LBKSH[:, 3], whole.k_LBKSH[:, 0], atol=1e-5)
