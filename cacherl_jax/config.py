@@ -90,15 +90,26 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """How a call is keyed and answered (rooms: cache/)."""
+    """How a call is keyed and answered (rooms: cache/). Tiers in order: exact, adapted, fuzzy, best effort, miss."""
 
     key: Literal["raw", "canonical", "state"] = "state"  # state: canonical call + earlier writes it depends on
-    fuzzy_threshold: float = 0.5  # Jaccard similarity of typed key=value tokens
-    best_effort: bool = True
+    adapted: bool = True  # serve a stored result for other arguments where certified rules say it holds
+    similarity: Literal["jaccard", "soft"] = "soft"  # the paper's, or softened inside free text
+    fuzzy_threshold: float = 0.5  # similarity of typed key=value tokens; above 1 turns the tier off
+    fuzzy_gate: tuple[Literal["enum", "boolean", "integer", "number"], ...] = ()  # argument types whose values must agree
+    best_effort: Literal["off", "nearest", "schema", "simulator"] = "nearest"
+    on_miss: Literal["error", "nearest", "fail", "live"] = "error"
+    errors: Literal["exact", "all", "never"] = "exact"  # by which tiers stored errors and empty results are served
+    fidelity: Literal["fitted", "table"] = "fitted"  # the table below stands in where nothing is fitted
     fidelity_exact: float = 1.0
+    fidelity_adapted: float = 0.95
     fidelity_fuzzy: float = 0.3
     fidelity_best_effort: float = 0.1
     fidelity_miss: float = 0.0
+
+
+# The paper's three tiers and nothing else (paper.md, section 2).
+PAPER_CACHE = CacheConfig(key="canonical", adapted=False, similarity="jaccard", errors="all", fidelity="table")
 
 
 @dataclass(frozen=True)

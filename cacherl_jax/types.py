@@ -268,7 +268,8 @@ class Observation:
     """A tool's answer with its provenance: what was served, from where, and how sure the server is.
 
     score: similarity in [0, 1] of the stored call that answered (1 for exact and live). entry: hash of the stored
-    entry, "" where none. fidelity: probability in [0, 1] that this equals the tool's true answer.
+    entry, "" where none. fidelity: probability in [0, 1] that this equals the tool's true answer. age: seconds from the
+    entry's recording to its snapshot, None where either is unknown.
     """
 
     call: ToolCall
@@ -278,6 +279,7 @@ class Observation:
     score: float = 1.0
     entry: str = ""
     fidelity: float = 1.0
+    age: float | None = None
 
 
 class ToolSession(Protocol):
@@ -371,6 +373,7 @@ class Trajectory:
                     score=o["score"],
                     entry=o["entry"],
                     fidelity=o["fidelity"],
+                    age=o["age"],
                 )
                 for o in data["observations"]
             ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from cacherl_jax.cache.key import KeyMode
-from cacherl_jax.cache.lookup import keyed_calls
+from cacherl_jax.cache.lookup import recordings
 from cacherl_jax.cache.store import SQLiteStore
 from cacherl_jax.types import ToolSpec, Transcript
 
@@ -22,11 +22,11 @@ def import_transcripts(
     with store.transaction():
         store.set_metadata("key", mode)
         for transcript in transcripts:
-            for key, call, arguments, writes, result in keyed_calls(transcript, specs, mode):
+            for recording in recordings(transcript, specs, mode):
                 calls += 1
-                hits += key in results
-                results.setdefault(key, set()).add(result.content)
-                store.add(key, call.name, arguments, writes, result)
+                hits += recording.key in results
+                results.setdefault(recording.key, set()).add(recording.result.content)
+                store.add(recording)
     conflicting = sum(len(values) > 1 for values in results.values())
     return {"calls": calls, "distinct": len(results), "conflicting": conflicting, "hits_while_filling": hits}
 
@@ -42,12 +42,12 @@ def lookup_transcripts(
     results: dict[bytes, set[str]] = {}
     counts = dict.fromkeys(("calls", "exact_hits", "recorded_among_stored", "recorded_is_most_frequent"), 0)
     for transcript in transcripts:
-        for key, _, _, _, result in keyed_calls(transcript, specs, mode):
+        for recording in recordings(transcript, specs, mode):
             counts["calls"] += 1
-            results.setdefault(key, set()).add(result.content)
-            if stored := store.get(key):
+            results.setdefault(recording.key, set()).add(recording.result.content)
+            if stored := store.get(recording.key):
                 counts["exact_hits"] += 1
-                counts["recorded_among_stored"] += any(e.result == result for e in stored)
-                counts["recorded_is_most_frequent"] += stored[0].result == result
+                counts["recorded_among_stored"] += any(e.result == recording.result for e in stored)
+                counts["recorded_is_most_frequent"] += stored[0].result == recording.result
     conflicting = sum(len(values) > 1 for values in results.values())
     return {"calls": counts.pop("calls"), "distinct": len(results), "conflicting": conflicting} | counts

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from cacherl_jax.cache import tiers
 from cacherl_jax.cache.key import KeyMode, Write, call_key, canonical_arguments, canonical_call, raw_call, relevant_writes
-from cacherl_jax.cache.store import Entry, MemoryStore, SQLiteStore, Store
+from cacherl_jax.cache.store import Entry, Recording, Store
 from cacherl_jax.config import CacheConfig
 from cacherl_jax.tools.registry import error_result
 from cacherl_jax.types import Kind, Observation, Task, Tier, ToolCall, ToolResult, ToolSpec, Transcript
@@ -43,7 +43,7 @@ class CachedTools:
         entry, score = self._closest(call, spec, earlier)
         if entry is not None and score >= config.fuzzy_threshold:
             return _observed(call, entry, Tier.FUZZY, score, config.fidelity_fuzzy)
-        if entry is not None and config.best_effort:
+        if entry is not None and config.best_effort == "nearest":
             return _observed(call, entry, Tier.BEST_EFFORT, score, config.fidelity_best_effort)
         missed = error_result("cache_miss", f"no recorded result for {call.name}")
         return Observation(call, missed, Tier.MISS, Kind.SIMULATED, score=score, fidelity=config.fidelity_miss)
@@ -74,7 +74,7 @@ class CacheSession:
 
 
 def _observed(call: ToolCall, entry: Entry, tier: Tier, score: float, fidelity: float) -> Observation:
-    return Observation(call, entry.result, tier, Kind.RECORDED, score, entry.hash, fidelity)
+    return Observation(call, entry.result, tier, entry.kind, score, entry.hash, fidelity)
 
 
 def _drawn(entries: list[Entry], draw: str) -> Entry:
@@ -101,10 +101,10 @@ def _stored_form(call: ToolCall, spec: ToolSpec | None, mode: KeyMode, earlier: 
     return canonical_arguments(call.arguments, spec), "\n".join(relevant_writes(spec, earlier)) if mode == "state" else ""
 
 
-def keyed_calls(
-    transcript: Transcript, specs: Mapping[str, ToolSpec], mode: KeyMode
-) -> Iterator[tuple[bytes, ToolCall, str, str, ToolResult]]:
-    """(key, call, arguments, writes, result) of every answered call of a transcript, keyed after its earlier writes.
+def recordings(
+    transcript: Transcript, specs: Mapping[str, ToolSpec], mode: KeyMode, recorded_at: float | None = None
+) -> Iterator[Recording]:
+    """Every answered call of a transcript, keyed after its earlier writes.
 
     Results belong to calls by order, as in the rendering. A call whose result is missing is left out.
     """
@@ -117,16 +117,16 @@ def keyed_calls(
             call = waiting.pop(0)
             spec = specs.get(call.name)
             result = ToolResult(message.content, message.error)
-            yield call_key(call, spec, mode, earlier), call, *_stored_form(call, spec, mode, earlier), result
+            arguments, writes = _stored_form(call, spec, mode, earlier)
+            key = call_key(call, spec, mode, earlier)
+            yield Recording(key, call.name, arguments, writes, result, episode=transcript.id, recorded_at=recorded_at)
             earlier += _write_of(call, spec, result)
 
 
-def record_transcript(
-    store: MemoryStore | SQLiteStore, transcript: Transcript, specs: Mapping[str, ToolSpec], mode: KeyMode
-) -> int:
+def record_transcript(store: Store, transcript: Transcript, specs: Mapping[str, ToolSpec], mode: KeyMode) -> int:
     """Adds every answered call of a transcript to the store; returns their number."""
     count = 0
-    for key, call, arguments, writes, result in keyed_calls(transcript, specs, mode):
-        store.add(key, call.name, arguments, writes, result)
+    for recording in recordings(transcript, specs, mode):
+        store.add(recording)
         count += 1
     return count

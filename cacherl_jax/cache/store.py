@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from cacherl_jax.types import ToolResult
+from cacherl_jax.types import Kind, ToolResult
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class StoreError(RuntimeError):
@@ -23,33 +23,54 @@ class StoreError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One recorded result of one key. first: its rank of arrival among all entries of the store."""
+class Recording:
+    """One answered call as it was observed: what fills a store, and what rules and fidelities are learnt from.
+
+    episode: the dialogue or run it is from. recorded_at: Unix seconds, None where the corpus does not say.
+    """
 
     key: bytes
     tool: str
     arguments: str  # canonical, or as recorded in a raw store
     writes: str  # the relevant earlier writes, one a line; "" for none
     result: ToolResult
+    episode: str = ""
+    kind: Kind = Kind.RECORDED
+    recorded_at: float | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One result of one key, with what all its recordings say. count: their number. recorded_at: of the newest.
+    first: the entry's rank of arrival in the store."""
+
+    key: bytes
+    tool: str
+    arguments: str
+    writes: str
+    result: ToolResult
+    kind: Kind
     count: int
+    recorded_at: float | None
     first: int
 
     @property
     def hash(self) -> str:
-        """Names the entry by content: key, result, error."""
-        return hashlib.sha256(self.key + _result_bytes(self.result)).hexdigest()
+        """Names the entry by content: key, kind, result, error."""
+        return hashlib.sha256(self.key + content_digest(self.kind, self.result)).hexdigest()
 
 
-def _result_bytes(result: ToolResult) -> bytes:
+def content_digest(kind: Kind, result: ToolResult) -> bytes:
+    """SHA-256 of what was answered."""
     # surrogatepass: payloads with lone surrogates are recorded data, not ours to refuse.
-    return f"{result.error or ''}\n{result.content}".encode("utf-8", "surrogatepass")
+    return hashlib.sha256(f"{kind}\n{result.error or ''}\n{result.content}".encode("utf-8", "surrogatepass")).digest()
 
 
 class Store(Protocol):
     """What the cache needs of a store."""
 
-    def add(self, key: bytes, tool: str, arguments: str, writes: str, result: ToolResult) -> None:
-        """Counts one observation of `result` for `key`."""
+    def add(self, recording: Recording) -> None:
+        """Counts one observation; its result becomes an entry of the key unless it is one."""
         ...
 
     def get(self, key: bytes) -> list[Entry]:
@@ -62,12 +83,22 @@ class Store(Protocol):
 
     def entries(self) -> Iterator[Entry]: ...
 
+    def recordings(self) -> Iterator[Recording]:
+        """Every observation, in order of arrival."""
+        ...
+
+    def metadata(self) -> dict[str, str]:
+        """What is known of the store as a whole: key mode, source, licence, fitted rules."""
+        ...
+
+    def set_metadata(self, name: str, value: str) -> None: ...
+
 
 def snapshot_id(store: Store) -> str:
     """SHA-256 over the sorted content of all entries."""
     lines = sorted(
         hashlib.sha256(
-            b"\0".join([e.key, e.tool.encode("utf-8", "surrogatepass"), _result_bytes(e.result), str(e.count).encode()])
+            b"\0".join([e.key, e.tool.encode("utf-8", "surrogatepass"), content_digest(e.kind, e.result), b"%d" % e.count])
         ).digest()
         for e in store.entries()
     )
@@ -83,15 +114,18 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._by_key: dict[bytes, dict[bytes, Entry]] = {}
-        self._added = 0
+        self._recordings: list[Recording] = []
+        self._metadata: dict[str, str] = {}
 
-    def add(self, key: bytes, tool: str, arguments: str, writes: str, result: ToolResult) -> None:
-        results = self._by_key.setdefault(key, {})
-        name = _result_bytes(result)
-        old = results.get(name)
-        count, first = (old.count + 1, old.first) if old else (1, self._added)
-        results[name] = Entry(key, tool, arguments, writes, result, count, first)
-        self._added += old is None
+    def add(self, recording: Recording) -> None:
+        r = recording
+        results = self._by_key.setdefault(r.key, {})
+        digest = content_digest(r.kind, r.result)
+        old = results.get(digest)
+        count, first = (old.count + 1, old.first) if old else (1, len(self._recordings))
+        newest = max((t for t in (r.recorded_at, old and old.recorded_at) if t is not None), default=None)
+        results[digest] = Entry(r.key, r.tool, r.arguments, r.writes, r.result, r.kind, count, newest, first)
+        self._recordings.append(r)
 
     def get(self, key: bytes) -> list[Entry]:
         return _ranked(list(self._by_key.get(key, {}).values()))
@@ -103,17 +137,27 @@ class MemoryStore:
         for results in self._by_key.values():
             yield from results.values()
 
+    def recordings(self) -> Iterator[Recording]:
+        return iter(self._recordings)
+
+    def metadata(self) -> dict[str, str]:
+        return dict(self._metadata)
+
+    def set_metadata(self, name: str, value: str) -> None:
+        self._metadata[name] = value
+
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS metadata (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS entries (
-    key BLOB NOT NULL, result BLOB NOT NULL, tool TEXT NOT NULL, arguments TEXT NOT NULL, writes TEXT NOT NULL,
-    content TEXT NOT NULL, error TEXT, count INTEGER NOT NULL, first INTEGER PRIMARY KEY AUTOINCREMENT,
-    UNIQUE (key, result)
+    first INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL, digest BLOB NOT NULL, tool TEXT NOT NULL,
+    arguments TEXT NOT NULL, writes TEXT NOT NULL, content TEXT NOT NULL, error TEXT, kind TEXT NOT NULL,
+    count INTEGER NOT NULL, recorded_at REAL, UNIQUE (key, digest)
 );
 CREATE INDEX IF NOT EXISTS entries_of_tool ON entries (tool);
+CREATE TABLE IF NOT EXISTS recordings (entry INTEGER NOT NULL REFERENCES entries (first), episode TEXT NOT NULL, recorded_at REAL);
 """
-_COLUMNS = "key, tool, arguments, writes, content, error, count, first"
+_COLUMNS = "key, tool, arguments, writes, content, error, kind, count, recorded_at, first"
 
 
 class SQLiteStore:
@@ -182,15 +226,22 @@ class SQLiteStore:
     def metadata(self) -> dict[str, str]:
         return dict(self._db.execute("SELECT name, value FROM metadata"))
 
-    def add(self, key: bytes, tool: str, arguments: str, writes: str, result: ToolResult) -> None:
-        digest = hashlib.sha256(_result_bytes(result)).digest()
-        texts = [t.encode("utf-8", "surrogatepass") for t in (tool, arguments, writes, result.content)]
-        self._db.execute(
-            "INSERT INTO entries (key, result, tool, arguments, writes, content, error, count)"
-            " VALUES (?, ?, CAST(? AS TEXT), CAST(? AS TEXT), CAST(? AS TEXT), CAST(? AS TEXT), ?, 1)"
-            " ON CONFLICT (key, result) DO UPDATE SET count = count + 1",
-            (key, digest, *texts, result.error),
-        )
+    def add(self, recording: Recording) -> None:
+        # An entry and its recording are written together, by a transaction of their own unless one is open.
+        with contextlib.nullcontext() if self._db.in_transaction else self.transaction():
+            self._add(recording)
+
+    def _add(self, r: Recording) -> None:
+        texts = [t.encode("utf-8", "surrogatepass") for t in (r.tool, r.arguments, r.writes, r.result.content)]
+        (entry,) = self._db.execute(
+            "INSERT INTO entries (key, digest, tool, arguments, writes, content, error, kind, count, recorded_at)"
+            " VALUES (?, ?, CAST(? AS TEXT), CAST(? AS TEXT), CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, 1, ?)"
+            " ON CONFLICT (key, digest) DO UPDATE SET count = count + 1,"
+            " recorded_at = max(ifnull(recorded_at, excluded.recorded_at), ifnull(excluded.recorded_at, recorded_at))"
+            " RETURNING first",
+            (r.key, content_digest(r.kind, r.result), *texts, r.result.error, r.kind.value, r.recorded_at),
+        ).fetchone()
+        self._db.execute("INSERT INTO recordings VALUES (?, ?, ?)", (entry, r.episode, r.recorded_at))
 
     def get(self, key: bytes) -> list[Entry]:
         rows = self._db.execute(f"SELECT {_COLUMNS} FROM entries WHERE key = ?", (key,))
@@ -204,7 +255,15 @@ class SQLiteStore:
         for row in self._db.execute(f"SELECT {_COLUMNS} FROM entries ORDER BY first"):
             yield _entry(row)
 
+    def recordings(self) -> Iterator[Recording]:
+        rows = self._db.execute(
+            "SELECT key, tool, arguments, writes, content, error, episode, kind, recordings.recorded_at"
+            " FROM recordings JOIN entries ON entry = first ORDER BY recordings.rowid"
+        )
+        for key, tool, arguments, writes, content, error, episode, kind, recorded_at in rows:
+            yield Recording(key, tool, arguments, writes, ToolResult(content, error), episode, Kind(kind), recorded_at)
+
 
 def _entry(row: tuple) -> Entry:
-    key, tool, arguments, writes, content, error, count, first = row
-    return Entry(key, tool, arguments, writes, ToolResult(content, error), count, first)
+    key, tool, arguments, writes, content, error, kind, count, recorded_at, first = row
+    return Entry(key, tool, arguments, writes, ToolResult(content, error), Kind(kind), count, recorded_at, first)

@@ -103,7 +103,7 @@ def test_several_results_are_drawn_by_count_and_by_rollout():
 def test_policy_without_best_effort_and_threshold(cache):
     store = MemoryStore()
     record_transcript(store, transcript((FIND, "rain", None)), SPECS, "state")
-    strict = CachedTools(store, SPECS, dataclasses.replace(CacheConfig(), best_effort=False, fuzzy_threshold=0.6), seed=0)
+    strict = CachedTools(store, SPECS, dataclasses.replace(CacheConfig(), best_effort="off", fuzzy_threshold=0.6), seed=0)
     assert strict.start(TASK, 0).execute(ToolCall.of("find", city="Oslo")).tier is Tier.MISS
 
 

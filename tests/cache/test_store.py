@@ -9,16 +9,16 @@ import textwrap
 
 import pytest
 
-from cacherl_jax.cache.store import MemoryStore, SQLiteStore, StoreError, snapshot_id
+from cacherl_jax.cache.store import MemoryStore, Recording, SQLiteStore, StoreError, snapshot_id
 from cacherl_jax.types import ToolResult
 
 ROWS = [
-    (b"k1", "f", '{"a":1}', "", ToolResult("x")),
-    (b"k1", "f", '{"a":1}', "", ToolResult("y")),
-    (b"k1", "f", '{"a":1}', "", ToolResult("y")),
-    (b"k2", "f", '{"a":2}', "w", ToolResult("500 not found", None)),
-    (b"k3", "g", "{}", "", ToolResult('{"error": "not_found"}', "not_found")),
-    (b"k4", "g", "\ud800", "", ToolResult("é\ud800" + "z" * 100_000)),
+    Recording(b"k1", "f", '{"a":1}', "", ToolResult("x"), "d1"),
+    Recording(b"k1", "f", '{"a":1}', "", ToolResult("y"), "d1", recorded_at=5.0),
+    Recording(b"k1", "f", '{"a":1}', "", ToolResult("y"), "d2", recorded_at=7.0),
+    Recording(b"k2", "f", '{"a":2}', "w", ToolResult("500 not found", None)),
+    Recording(b"k3", "g", "{}", "", ToolResult('{"error": "not_found"}', "not_found")),
+    Recording(b"k4", "g", "\ud800", "", ToolResult("é\ud800" + "z" * 100_000)),
 ]
 
 
@@ -33,30 +33,32 @@ def store(request, tmp_path):
 
 def test_results_are_counted_ranked_and_kept_as_they_were(store):
     for row in ROWS:
-        store.add(*row)
+        store.add(row)
     assert [(e.result.content, e.count) for e in store.get(b"k1")] == [("y", 2), ("x", 1)]
-    assert store.get(b"k3")[0].result == ROWS[4][4] and store.get(b"absent") == []
+    assert store.get(b"k3")[0].result == ROWS[4].result and store.get(b"absent") == []
     assert store.get(b"k2")[0].result.error is None  # "500" in a payload is no error
-    assert store.get(b"k4")[0].result == ROWS[5][4] and store.get(b"k4")[0].arguments == "\ud800"
+    assert store.get(b"k4")[0].result == ROWS[5].result and store.get(b"k4")[0].arguments == "\ud800"
     assert {e.result.content for e in store.of_tool("f")} == {"x", "y", "500 not found"}
     assert len(list(store.entries())) == 5
+    assert store.get(b"k1")[0].recorded_at == 7.0 and store.get(b"k1")[1].recorded_at is None
+    assert list(store.recordings()) == ROWS
 
 
 def test_the_first_stored_wins_a_tie(store):
     for content in ("b", "a"):
-        store.add(b"k", "f", "{}", "", ToolResult(content))
+        store.add(Recording(b"k", "f", "{}", "", ToolResult(content)))
     assert store.get(b"k")[0].result.content == "b"
 
 
 def test_snapshot_names_content_not_order(store):
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
     for row in shuffled:
-        store.add(*row)
+        store.add(row)
     other = MemoryStore()
     for row in ROWS:
-        other.add(*row)
+        other.add(row)
     assert snapshot_id(store) == snapshot_id(other)
-    other.add(*ROWS[0])
+    other.add(ROWS[0])
     assert snapshot_id(store) != snapshot_id(other)
 
 
@@ -66,7 +68,7 @@ def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path, damage):
     with SQLiteStore(path, mode="rw") as store:
         with store.transaction():
             for i in range(500):
-                store.add(b"%d" % i, "f", "{}", "", ToolResult("x" * 200))
+                store.add(Recording(b"%d" % i, "f", "{}", "", ToolResult("x" * 200)))
         if damage == "version":
             store.set_metadata("schema_version", "99")
     if damage == "text":
@@ -93,11 +95,11 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path):
     path = tmp_path / "store.sqlite"
     program = textwrap.dedent(f"""
         from pathlib import Path
-        from cacherl_jax.cache.store import SQLiteStore
+        from cacherl_jax.cache.store import Recording, SQLiteStore
         from cacherl_jax.types import ToolResult
         store = SQLiteStore(Path({str(path)!r}), mode="rw")
         for i in range(10**9):
-            store.add(b"%d" % i, "f", "{{}}", "", ToolResult(str(i)))
+            store.add(Recording(b"%d" % i, "f", "{{}}", "", ToolResult(str(i))))
             print(i, flush=True)
     """)
     for round_ in range(3):
