@@ -213,6 +213,8 @@ def evaluate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, 
                             config.seed, on_done=lambda _: bar.update(1),
                         )  # fmt: skip
                         _write_lines(path, (t.to_json() for t in trajectories))
+                    else:
+                        bar.update(len(tasks))
                     trajectories = load_trajectories(path)
                     results[f"{policy}.{source}"] = process_accuracy.evaluate(tasks, trajectories, specs).to_json()
         results["coverage"] = {

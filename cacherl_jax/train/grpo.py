@@ -119,11 +119,14 @@ def train(
     with registry.forbid_live(), checkpoint.Checkpoints(directory / "checkpoints", keep=1) as saved:
         done, state = saved.restore(state) or (0, state)
         log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done)
+        validated = {row["step"] for row in metrics.read_metrics(directory / "metrics.jsonl") if "validation" in row}
         try:
             with log, progress(total=grpo.steps, initial=done, desc="grpo") as bar:
-                if done == 0:
-                    log.write({"stage": "grpo", "step": 0, "validation": validate(engine, state.model)})
-                while done < grpo.steps:
+                while True:
+                    if (done % grpo.validate_every == 0 or done == grpo.steps) and done not in validated:
+                        log.write({"stage": "grpo", "step": done, "validation": validate(engine, state.model)})
+                    if done >= grpo.steps:
+                        break
                     chosen = select_tasks(tasks, done, grpo.prompts, config.seed)
                     episodes = [(task, sample) for task in chosen for sample in range(grpo.group)]
                     # A task comes again in a later epoch: the step number keeps its samples apart.
@@ -132,19 +135,18 @@ def train(
                     scored = score_groups(chosen, trajectories, specs, config)
                     write_rollouts(directory / "rollouts" / f"{done:05d}.jsonl", scored)
                     rows = _rows(reference, scored, buckets, config, devices)
-                    values: dict[str, Any] = {}
-                    for part in np.array_split(np.arange(len(rows)), grpo.minibatches):
-                        batches = bucketed([rows[i] for i in part], buckets, grpo.tokens_per_batch)
-                        gradients, values = steps.accumulate(
-                            gradients_of, state.model, [mesh.place(batch, devices) for batch, _ in batches]
-                        )
-                        state, norm = update(state, gradients)
-                        values = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
-                    done += 1
-                    row = {"stage": "grpo", "step": done} | rollout_metrics(scored) | values
-                    if done % grpo.validate_every == 0 or done == grpo.steps:
-                        row["validation"] = validate(engine, state.model)
-                    log.write(row)
+                    with checkpoint.uninterrupted():  # the model, the number of steps and the metrics change together
+                        values: dict[str, Any] = {}
+                        for part in np.array_split(np.arange(len(rows)), grpo.minibatches):
+                            batches = bucketed([rows[i] for i in part], buckets, grpo.tokens_per_batch)
+                            gradients, values = steps.accumulate(
+                                gradients_of, state.model, [mesh.place(batch, devices) for batch, _ in batches]
+                            )
+                            state, norm = update(state, gradients)
+                            values = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
+                        done += 1
+                        row = {"stage": "grpo", "step": done} | rollout_metrics(scored) | values
+                        log.write(row)
                     bar.set_postfix(acc=f"{row['accuracy']:.2f}", kl=f"{row['kl']:.3f}", gap=f"{row['sampler_gap']:.1e}")
                     bar.update(1)
                     if done % grpo.checkpoint_every == 0:

@@ -59,12 +59,13 @@ def train(
                 while done < config.sft.steps:
                     batch = mesh.place(batches.batch(done), devices)
                     gradients, values = steps.accumulate(steps.sft_gradients, state.model, [batch])
-                    state, norm = update(state, gradients)
-                    done += 1
-                    if done % 10 == 0 or done == config.sft.steps:
-                        row = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
-                        log.write({"stage": directory.name, "step": done} | row)
-                        bar.set_postfix(loss=f"{row['loss']:.3f}")
+                    with checkpoint.uninterrupted():
+                        state, norm = update(state, gradients)
+                        done += 1
+                        if done % 10 == 0 or done == config.sft.steps:
+                            row = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
+                            log.write({"stage": directory.name, "step": done} | row)
+                            bar.set_postfix(loss=f"{row['loss']:.3f}")
                     bar.update(1)
                     if done % config.sft.checkpoint_every == 0:
                         saved.save(done, state)

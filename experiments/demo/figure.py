@@ -4,6 +4,7 @@ Command:  python experiments/demo/figure.py
 """
 
 import json
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -39,14 +40,14 @@ def main() -> None:
         middle.bar_label(bar, fmt="%.2f", label_type="center")
         middle.plot([x] * len(values), values, "k.", zorder=3)
     middle.set(title=f"{summaries[0]['tasks']} test tasks, live tools", ylim=(0, 1))
-    middle.set_xticks(range(3), [name.replace(" ", "\n", 1) for name in POLICIES.values()])
+    middle.set_xticks(range(3), [textwrap.fill(name, 13) for name in POLICIES.values()], fontsize=9)
     width = 0.27
     for i, policy in enumerate(POLICIES):
         means = [np.mean(of(policy, family)) for family in families]
         right.bar(np.arange(len(families)) + (i - 1) * width, means, width, color=COLOURS[policy], label=POLICIES[policy])
     right.set_xticks(range(len(families)), [f.replace("_", "\n") for f in families])
-    right.set(title="by family of tasks, mean of seeds", ylim=(0, 1.02))
-    right.legend(loc="lower left", fontsize=8)
+    right.set(title="by family of tasks, mean of seeds", ylim=(0, 1.3))
+    right.legend(loc="upper center", fontsize=8, ncols=3)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(HERE / "figure.png", dpi=110)

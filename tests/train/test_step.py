@@ -1,6 +1,7 @@
 """A training step: split or whole, on one device or eight, interrupted or not, the same numbers."""
 
 import dataclasses
+import signal
 import subprocess
 import sys
 import textwrap
@@ -205,6 +206,21 @@ def test_interrupted_training_ends_as_uninterrupted_training(tmp_path, stop):
     resumed = sft.train(CONFIG, ROWS, tmp_path / "b/sft", progress=quiet)
     jax.tree.map(np.testing.assert_array_equal, qwen3.to_dict(straight), qwen3.to_dict(resumed))
     assert metrics.read_metrics(tmp_path / "a/sft/metrics.jsonl") == metrics.read_metrics(tmp_path / "b/sft/metrics.jsonl")
+
+
+def test_ctrl_c_waits_for_the_end_of_an_update():
+    reached = []
+
+    def update():
+        with checkpoint.uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the end")
+
+    with pytest.raises(KeyboardInterrupt):
+        update()
+    assert reached == ["the end"]
+    with pytest.raises(KeyboardInterrupt):  # and the handler is back
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_whole(tmp_path, model):
