@@ -120,10 +120,18 @@ def domain(file: Path) -> str:
 
 
 def rewards(path: Path) -> dict[str, float]:
-    """The reward of each run that `read(path)` reads, by its transcript's id."""
+    """The reward of each run that `read(path)` reads, by its transcript's id; a run without one is left out."""
     corpus = read(path)
-    recorded = {_run_id(stem, record): record["reward"] for file in corpus.files for _, (stem, record) in _runs(file)}
-    return {transcript.id: float(recorded[transcript.id]) for transcript in corpus.transcripts()}
+    found: dict[str, float] = {}
+
+    def noting_reward(record: tuple[str, Mapping[str, Any]], report: Report) -> Transcript:
+        transcript = run(record, (), report)
+        found[transcript.id] = float(record[1]["reward"])
+        return transcript
+
+    for _ in replace(corpus, convert=noting_reward).transcripts():
+        pass
+    return found
 
 
 def _specs(folder: Path, of: str) -> tuple[dict[str, ToolSpec], tuple[Path, ...]]:
@@ -147,10 +155,10 @@ def _runs(file: Path) -> Iterator[tuple[str, tuple[str, Any]]]:
         yield f"run {number}", (file.name.removesuffix(".gz").removesuffix(".json"), record)
 
 
-def _tasks(file: Path) -> Iterator[tuple[str, tuple[str, Any]]]:
-    """The tasks of a file, each with the file's name: "airline_tasks_test"."""
+def _tasks(file: Path) -> Iterator[tuple[str, tuple[str, bytes]]]:
+    """The lines of a file of tasks, each with the file's name: "airline_tasks_test"."""
     for name, line in line_records(file):
-        yield name, (file.name.removesuffix(".gz").removesuffix(".jsonl"), json.loads(line))
+        yield name, (file.name.removesuffix(".gz").removesuffix(".jsonl"), line)
 
 
 def _run_id(stem: str, run: Mapping[str, Any]) -> str:
@@ -169,9 +177,10 @@ def run(record: tuple[str, Mapping[str, Any]], tools: tuple[str, ...], report: R
     return Transcript(_run_id(stem, content), task, agent, tools, pair_results(messages, report))
 
 
-def ground_truth(record: tuple[str, Mapping[str, Any]], tools: tuple[str, ...]) -> Transcript:
+def ground_truth(record: tuple[str, bytes], tools: tuple[str, ...]) -> Transcript:
     """A task's instruction and the actions that solve it, with their responses."""
-    stem, task = record
+    stem, line = record
+    task = json.loads(line)
     messages = [Message("user", task["instruction"])]
     for i, action in enumerate(task["ground_truth"]):
         call = ToolCall(action["name"], json.dumps(action["arguments"], ensure_ascii=False), id=f"call_{i}")

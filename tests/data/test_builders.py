@@ -12,6 +12,7 @@ import pytest
 
 from cacherl_jax.config import ConfigError
 from cacherl_jax.data import builders, sgd
+from cacherl_jax.data.sources import SOURCES
 from cacherl_jax.versions import MissingExtra
 
 SLOT = {"name": "city", "description": "Where", "is_categorical": False, "possible_values": []}
@@ -84,6 +85,27 @@ def test_the_dataset_carries_licence_and_citation(folder, tmp_path):
     licence = (tmp_path / "prepared" / "sgd_transcripts" / "1.0.0" / "LICENSE").read_text()
     assert sgd.LICENCE in licence and sgd.ATTRIBUTION in licence
     assert builder.info.file_format.value == "array_record"
+
+
+def test_every_source_has_its_dataset(shared_data, tmp_path):
+    assert set(builders.DATASETS) == set(SOURCES)
+    folder = shared_data / "tau-bench"
+    builder = builders.prepare("tau_bench", folder, tmp_path)
+    files = {
+        "airline_tasks_test": "derived/airline_tasks_test.jsonl",
+        "gpt_4o_airline": "historical_trajectories/gpt-4o-airline.json",
+        "retail_tasks_dev": "derived/retail_tasks_dev.jsonl",
+        "retail_tasks_train": "derived/retail_tasks_train.jsonl",
+    }
+    assert set(builder.info.splits) == set(files) and builders.problems(builder) == []
+    for split, file in files.items():
+        assert list(builders.transcripts(builder, split)) == list(SOURCES["tau_bench"](folder / file).transcripts())
+    assert builder.name == "tau_bench_transcripts" and builder.info.redistribution_info.license.startswith("MIT; tau-bench")
+    chats = tmp_path / "mine.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n{}\n')
+    mine = builders.prepare("openai", chats, tmp_path)
+    assert [t.id for t in builders.transcripts(mine, "train")] == ["mine:1"]
+    assert builders.problems(mine) == ["train/mine.jsonl, line 2: KeyError 'messages'"]
 
 
 def test_halves_of_surrogate_pairs_survive(folder, tmp_path):

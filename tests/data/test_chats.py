@@ -138,6 +138,14 @@ def test_arguments_that_are_no_json_and_odd_payloads_reach_the_store_as_they_are
         assert [e.result.content for e in store.entries()] == contents
 
 
+def test_a_line_that_is_no_utf8_is_named(tmp_path):
+    good = json.dumps(openai_record()).encode()
+    (tmp_path / "c.jsonl").write_bytes(good + b"\n" + good.replace(b"Oslo", b"\xff") + b"\n" + good)
+    corpus = chats.read_openai(tmp_path / "c.jsonl")
+    assert [t.id for t in corpus.transcripts()] == ["c:1", "c:3"]
+    assert corpus.problems[0].startswith("c.jsonl, line 2: UnicodeDecodeError") and len(corpus.problems) == 1
+
+
 # ---- Hermes and Qwen -------------------------------------------------------------------------------------------------
 
 HERMES_SYSTEM = f"You call functions. They are in <tools></tools> tags: <tools>\n{json.dumps([WEATHER])}\n</tools> Call them so."
@@ -182,7 +190,10 @@ def test_conversations_of_hermes_and_messages_of_qwen_are_the_same(tmp_path):
 
 def test_a_call_alone_under_its_own_name(tmp_path):
     said = turns(
-        ("human", "?"), ("function_call", '{"name": "weather", "arguments": {"city": "Oslo"}}'), ("observation", "yes"), ("gpt", "Yes.")
+        ("human", "?"),
+        ("function_call", '{"name": "weather", "arguments": {"city": "Oslo"}}'),
+        ("observation", "yes"),
+        ("gpt", "Yes."),
     )
     (transcript,) = chats.read_hermes(write_lines(tmp_path / "c.jsonl", [{"conversations": said}])).transcripts()
     assert transcript.messages == (
