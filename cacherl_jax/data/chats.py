@@ -194,7 +194,7 @@ def _listed_tools(text: str) -> tuple[str, list[Any]]:
     before, head, rest = text.partition(TOOLS_HEAD)
     inside, tail, after = rest.partition(TOOLS_TAIL)
     if head and tail:
-        return (before.removesuffix("\n\n") + after).strip("\n"), [json.loads(line) for line in inside.splitlines() if line]
+        return (before + after).strip("\n"), [json.loads(line) for line in inside.splitlines() if line]
     for listed in _TOOLS.findall(text):
         try:
             return text, _tools(listed)
@@ -206,7 +206,7 @@ def _listed_tools(text: str) -> tuple[str, list[Any]]:
 
 def _assistant(text: str, report: Report) -> Message:
     thinks = text.lstrip().startswith("<think>")
-    turn = parse_turn(text.lstrip().removeprefix("<think>").removeprefix("\n") if thinks else f"</think>{text}")
+    turn = parse_turn(text.lstrip().removeprefix("<think>") if thinks else f"</think>{text}")
     if not turn.thinking_closed:
         raise ValueError("a thinking block is not closed")
     calls = tuple(_repaired(call, report) if isinstance(call, MalformedCall) else call for call in turn.calls)

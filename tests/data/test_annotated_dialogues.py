@@ -182,6 +182,7 @@ def visit(change):
         (visit(lambda d: d.update(Events=[])), "ValueError nobody says anything"),
         (visit(lambda d: d["Events"].pop(4)), "ValueError query of bank without a result"),
         (visit(lambda d: d["Events"].__delitem__(slice(4, None))), "ValueError query of bank without a result"),
+        (visit(lambda d: d["Events"].insert(3, QUERY)), "ValueError query of bank without a result"),
         (visit(lambda d: d["Events"].pop(3)), "ValueError result of bank without a query"),
         (visit(lambda d: d["Events"][3].pop("Constraints")), "KeyError 'Constraints'"),
         (visit(lambda d: d["Events"][3].update(Constraints=[{"Pin": 5}])), "TypeError int where text is expected: 5"),
