@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -30,3 +31,29 @@ def qwen_tokenizer(shared_data):
     from cacherl_jax.text.tokenizer import Tokenizer
 
     return Tokenizer.load(shared_data / "qwen3-tokenizer")
+
+
+@pytest.fixture(scope="session")
+def official(shared_data):
+    """Qwen's own templates and tokenizer as transformers runs them. text(messages, tools, thinking_model=, prompt=) renders
+    messages in the form of OpenAI's chat API; ids(text) tokenizes a text, or each of a list."""
+    import transformers
+
+    folder = shared_data / "qwen3-tokenizer"
+    names = {False: "chat_template.qwen3.jinja", True: "chat_template.qwen3-4b-thinking-2507.jinja"}
+    templates = {thinking_model: (folder / name).read_text() for thinking_model, name in names.items()}
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+
+    def text(messages, tools, *, thinking_model, prompt=False):
+        return reference.apply_chat_template(
+            messages,
+            tools=tools or None,
+            chat_template=templates[thinking_model],
+            add_generation_prompt=prompt,
+            tokenize=False,
+        )
+
+    def ids(text):
+        return reference(text, add_special_tokens=False)["input_ids"]
+
+    return SimpleNamespace(text=text, ids=ids, decode=reference.decode)

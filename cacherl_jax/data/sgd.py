@@ -7,16 +7,15 @@ results stay as recorded. Files are read in name order, compressed or not, as th
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from cacherl_jax.config import ConfigError
+from cacherl_jax.data import recorded
+from cacherl_jax.data.recorded import Recorded, find, list_records, read_schema
 from cacherl_jax.types import Effects, Message, ToolCall, ToolSpec, Transcript
 
 LICENCE = "CC BY-SA 4.0"
@@ -25,46 +24,22 @@ ATTRIBUTION = (
 )
 
 
-@dataclass
-class SgdSplit:
-    """One split of the corpus. `problems` grows while `transcripts` reads: "FILE, dialogue ID: reason" for each record left out."""
-
-    files: tuple[Path, ...]
-    specs: dict[str, ToolSpec]
-    problems: list[str] = field(default_factory=list)
-
-    def transcripts(self) -> Iterator[Transcript]:
-        """Every readable dialogue in file order."""
-        self.problems.clear()
-        for path in self.files:
-            try:
-                dialogues = json.loads(read_bytes(path))
-                if not isinstance(dialogues, list):
-                    raise ValueError(f"holds {type(dialogues).__name__}, expected a list of dialogues")
-            except (ValueError, OSError, EOFError) as error:
-                self.problems.append(f"{path.name}: {error}")
-                continue
-            for number, dialogue in enumerate(dialogues):
-                try:
-                    yield to_transcript(dialogue, self.specs)
-                except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    name = dialogue.get("dialogue_id", number) if isinstance(dialogue, dict) else number
-                    self.problems.append(f"{path.name}, dialogue {name}: {type(error).__name__} {error}")
-
-
-def read(path: Path) -> SgdSplit:
+def read(path: Path) -> Recorded:
     """Opens a split's folder. Raises ConfigError when it holds no schema or no dialogues."""
-    schema = next((p for name in ("schema.json", "schema.json.gz") if (p := path / name).is_file()), None)
-    files = sorted(p for p in path.glob("dialogues_*.json*") if p.name.endswith((".json", ".json.gz")))
-    if schema is None or not files:
-        what = "schema.json" if schema is None else "dialogues_*.json"
+    schema, files = find(path, "schema.json"), find(path, "dialogues_*.json")
+    if not schema or not files:
+        what = "dialogues_*.json" if schema else "schema.json"
         raise ConfigError(f"{path} holds no {what} (compressed or not); give the folder of one split, such as sgd/train")
-    return SgdSplit(tuple(files), _specs(json.loads(read_bytes(schema))))
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file's content, decompressed."""
-    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    specs = _specs(read_schema(schema[0]))
+    return Recorded(
+        files=files,
+        specs=specs,
+        records=list_records("dialogue", "dialogue_id"),
+        convert=lambda dialogue, _: to_transcript(dialogue, specs),
+        licence=LICENCE,
+        attribution=ATTRIBUTION,
+        schemas=schema,
+    )
 
 
 def _specs(services: Sequence[Mapping[str, Any]]) -> dict[str, ToolSpec]:
@@ -124,11 +99,7 @@ def to_transcript(dialogue: Mapping[str, Any], specs: Mapping[str, ToolSpec]) ->
 
 def manifest(root: Path) -> dict[str, str]:
     """SHA-256 of the uncompressed content of every file of the splits present under `root`, by "split/name.json"."""
-    out = {}
-    for split in ("train", "dev"):
-        for path in sorted((root / split).glob("*.json*")):
-            out[f"{split}/{path.name.removesuffix('.gz')}"] = hashlib.sha256(read_bytes(path)).hexdigest()
-    return out
+    return recorded.manifest(root, [path for split in ("train", "dev") for path in find(root / split, "*.json")])
 
 
 def manifest_differences(root: Path) -> list[str]:

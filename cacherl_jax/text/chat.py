@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,8 +69,8 @@ def _official_parts(
     messages: Sequence[Message], tools: Sequence[ToolSpec], thinking_model: bool, add_generation_prompt: bool
 ) -> list[tuple[str, bool]]:
     parts = _system_parts(messages, tools)
-    last_user = max((i for i, m in enumerate(messages) if m.role == "user"), default=len(messages) - 1)
-    for i, message in enumerate(messages):
+    last_user = max((i for i, m in enumerate(messages) if m.role == "user" and not _is_result(m)), default=len(messages) - 1)
+    for i, message in enumerate(map(_with_reasoning_apart, messages)):
         if message.role == "user" or (message.role == "system" and i):
             parts += [(f"{IM_START}{message.role}\n", False), (message.content, True), (f"{IM_END}\n", False)]
         elif message.role == "assistant":
@@ -89,6 +89,18 @@ def _official_parts(
     if add_generation_prompt:
         parts.append((GENERATION_PROMPT if thinking_model else f"{IM_START}assistant\n", False))
     return parts
+
+
+def _is_result(message: Message) -> bool:
+    return message.content.startswith("<tool_response>") and message.content.endswith("</tool_response>")
+
+
+def _with_reasoning_apart(message: Message) -> Message:
+    """A turn whose thinking block stands in its content, as the template reads it."""
+    if message.role != "assistant" or message.reasoning is not None or "</think>" not in message.content:
+        return message
+    before, *_, after = message.content.split("</think>")
+    return replace(message, content=after.lstrip("\n"), reasoning=before.rstrip("\n").split("<think>")[-1].lstrip("\n"))
 
 
 def _system_parts(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[tuple[str, bool]]:

@@ -260,56 +260,35 @@ def conversations(shared_data):
     return found
 
 
-@pytest.fixture(scope="module")
-def reference(shared_data):
-    """Qwen's tokenizer as transformers runs it."""
-    import transformers
-
-    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(shared_data / "qwen3-tokenizer" / "tokenizer.json"))
-
-
-TEMPLATES = {False: "chat_template.qwen3.jinja", True: "chat_template.qwen3-4b-thinking-2507.jinja"}
-
-
-def official_text(reference, template, messages, tools, prompt=False):
-    return reference.apply_chat_template(
-        [m.to_json() for m in messages],
-        tools=[t.to_function() for t in tools] or None,
-        chat_template=template,
-        add_generation_prompt=prompt,
-        tokenize=False,
-    )
+def as_json(messages, tools):
+    return [message.to_json() for message in messages], [tool.to_function() for tool in tools]
 
 
 @pytest.mark.parametrize("thinking_model", [False, True], ids=["plain", "thinking"])
-def test_conversations_are_rendered_as_the_official_template_does(
-    shared_data, conversations, reference, qwen_tokenizer, thinking_model
-):
-    template = (shared_data / "qwen3-tokenizer" / TEMPLATES[thinking_model]).read_text()
+def test_conversations_are_rendered_as_the_official_template_does(conversations, official, qwen_tokenizer, thinking_model):
     for _, transcript, tools in conversations:
-        expected = official_text(reference, template, transcript.messages, tools)
+        expected = official.text(*as_json(transcript.messages, tools), thinking_model=thinking_model)
         ids = chat.official_ids(
             qwen_tokenizer, transcript.messages, tools, thinking_model=thinking_model, add_generation_prompt=False
         )
-        assert ids == reference(expected, add_special_tokens=False)["input_ids"], transcript.id
+        assert ids == official.ids(expected), transcript.id
         # What a policy is asked after each of the last messages that are not its own. Text alone: the ids are those above.
         asked = [i for i, m in enumerate(transcript.messages) if m.role in ("user", "tool")][-3:]
         for messages in (transcript.messages[: i + 1] for i in asked):
             options = {"thinking_model": thinking_model, "add_generation_prompt": True}
-            expected = official_text(reference, template, messages, tools, prompt=True)
+            expected = official.text(*as_json(messages, tools), thinking_model=thinking_model, prompt=True)
             assert chat.render_official(messages, tools, **options) == expected, transcript.id
 
 
-def test_the_mask_covers_exactly_what_the_assistant_said(shared_data, conversations, reference, qwen_tokenizer):
-    template = (shared_data / "qwen3-tokenizer" / TEMPLATES[True]).read_text()
+def test_the_mask_covers_exactly_what_the_assistant_said(conversations, official, qwen_tokenizer):
     opened = "<|im_start|>assistant\n<think>\n"
     for dialogue, transcript, tools in conversations:
         # The episode's text: the official one, in which every turn of the assistant has the empty thinking block that the
         # template writes in the last alone. Sampled is what follows the block's opening, up to and with <|im_end|>.
-        text = official_text(reference, template, transcript.messages, tools).removesuffix("\n")
+        text = official.text(*as_json(transcript.messages, tools), thinking_model=True).removesuffix("\n")
         text = re.sub(r"<\|im_start\|>assistant\n(<think>\n\n</think>\n\n)?", f"{opened}\n</think>\n\n", text)
         parts = re.split(rf"(?<={re.escape(opened)})(.*?<\|im_end\|>)", text, flags=re.DOTALL)
-        ids = reference(parts, add_special_tokens=False)["input_ids"]
+        ids = official.ids(parts)
         said = np.repeat(np.arange(len(parts)) % 2 == 1, [len(part) for part in ids])
 
         specs = {spec.name: spec for spec in tools}
@@ -326,7 +305,7 @@ def test_the_mask_covers_exactly_what_the_assistant_said(shared_data, conversati
                 call = f'{{"name": "{name}", "arguments": {json.dumps(frame["service_call"]["parameters"], ensure_ascii=False)}}}'
                 turns.append(f"<tool_call>\n{call}\n</tool_call>")
             turns.append(turn["utterance"])
-        assert reference.decode(tokens_T[sampled_T]) == "".join(f"\n</think>\n\n{turn}<|im_end|>" for turn in turns)
+        assert official.decode(tokens_T[sampled_T]) == "".join(f"\n</think>\n\n{turn}<|im_end|>" for turn in turns)
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import itertools
 import json
 
-import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +28,15 @@ CONVERSATION = (
     Message("user", "  \nThanks! "),
     Message("assistant", "You're welcome."),
 )
+# A result that a user's message holds, and thinking blocks that stand in the content.
+UNUSUAL = (
+    Message("user", "Where is it?"),
+    Message("assistant", "<think>\n\nThe id is given.\n</think>\n\nLet me look.", tool_calls=(CALL,)),
+    Message("user", "<tool_response>\nshipped\n</tool_response>"),
+    Message("assistant", "so: <think>Shipped.</think> or </think>\nIt was shipped.", tool_calls=(CALL,)),
+    Message("tool", "shipped"),
+    Message("assistant", "It was shipped.</think>", reasoning=""),
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,29 +45,16 @@ def tok():
     return train_tokenizer(texts, chat.template_runs([SPEC]), 420)
 
 
-def official_template(folder, thinking_model):
-    name = "chat_template.qwen3-4b-thinking-2507.jinja" if thinking_model else "chat_template.qwen3.jinja"
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    return environment.from_string((folder / "qwen3-tokenizer" / name).read_text())
-
-
 @pytest.mark.parametrize("thinking_model", [False, True], ids=["plain", "thinking"])
-def test_official_rendering_equals_the_template(shared_data, qwen_tokenizer, thinking_model):
-    template = official_template(shared_data, thinking_model)
-    for tools in ([], [SPEC]):
-        for start in (0, 1):
-            for stop in range(start + 1, len(CONVERSATION) + 1):
-                for prompt in (False, True):
-                    messages = CONVERSATION[start:stop]
-                    expected = template.render(
-                        messages=[m.to_json() for m in messages],
-                        tools=[t.to_function() for t in tools],
-                        add_generation_prompt=prompt,
-                    )
-                    options = {"thinking_model": thinking_model, "add_generation_prompt": prompt}
-                    assert chat.render_official(messages, tools, **options) == expected
-                    assert chat.official_ids(qwen_tokenizer, messages, tools, **options) == qwen_tokenizer.encode(expected)
+def test_official_rendering_equals_the_template(official, qwen_tokenizer, thinking_model):
+    beginnings = [c[:n] for c in (CONVERSATION, CONVERSATION[1:], UNUSUAL) for n in range(1, len(c) + 1)]
+    for messages, tools, prompt in itertools.product(beginnings, ([], [SPEC]), (False, True)):
+        dicts, functions = [m.to_json() for m in messages], [t.to_function() for t in tools]
+        expected = official.text(dicts, functions, thinking_model=thinking_model, prompt=prompt)
+        options = {"thinking_model": thinking_model, "add_generation_prompt": prompt}
+        assert chat.render_official(messages, tools, **options) == expected
+        if messages[0] != UNUSUAL[0]:  # whose content spells control tokens, which are never made of content
+            assert chat.official_ids(qwen_tokenizer, messages, tools, **options) == qwen_tokenizer.encode(expected)
 
 
 def test_golden_tokenizations(shared_data, qwen_tokenizer):
