@@ -99,5 +99,5 @@ def _plain_number(value: float) -> int | float | str:
     return int(value) if value.is_integer() else value
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+# Made once: json.dumps makes an encoder a call where any option is set.
+_dump = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode

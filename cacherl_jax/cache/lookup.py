@@ -5,6 +5,7 @@ Every answer says how it was found, how near the stored call was, which entry it
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 
@@ -30,6 +31,9 @@ class CachedTools:
         for entries in self._by_key.values():
             entries.sort(key=lambda e: e.hash)
         self._indices: dict[str, tiers.ToolIndex] = {}
+        # Rollouts of one task repeat each other's calls to the letter, and reading JSON is most of an exact answer's cost.
+        self._key = functools.lru_cache(maxsize=1 << 16)(self._key_of)
+        self._canonical_call = functools.lru_cache(maxsize=1 << 16)(self._canonical_call_of)
         self._nearest: dict[tuple[str, str, str], tuple[Entry | None, float]] = {}
 
     def start(self, task: Task, sample: int) -> CacheSession:
@@ -38,7 +42,7 @@ class CachedTools:
     def answer(self, call: ToolCall, earlier: list[Write], draw: str) -> Observation:
         """The cache's answer to a call after the episode's earlier writes; `draw` seeds the choice among results."""
         config, spec = self._config, self._specs.get(call.name)
-        if stored := self._by_key.get(call_key(call, spec, config.key, earlier)):
+        if stored := self._by_key.get(self._key(call.name, call.arguments, tuple(earlier))):
             return _observed(call, _drawn(stored, draw), Tier.EXACT, 1.0, config.fidelity_exact)
         entry, score = self._closest(call, spec, earlier)
         if entry is not None and score >= config.fuzzy_threshold:
@@ -47,6 +51,19 @@ class CachedTools:
             return _observed(call, entry, Tier.BEST_EFFORT, score, config.fidelity_best_effort)
         missed = error_result("cache_miss", f"no recorded result for {call.name}")
         return Observation(call, missed, Tier.MISS, Kind.SIMULATED, score=score, fidelity=config.fidelity_miss)
+
+    def write_of(self, call: ToolCall, result: ToolResult) -> list[Write]:
+        """What an answered call adds to the episode's writes: itself, if its tool writes and it did not fail."""
+        spec = self._specs.get(call.name)
+        if spec is None or not spec.effects.writes or result.error is not None:
+            return []
+        return [(frozenset(spec.effects.writes), self._canonical_call(call.name, call.arguments))]
+
+    def _key_of(self, name: str, arguments: str, earlier: tuple[Write, ...]) -> bytes:
+        return call_key(ToolCall(name, arguments), self._specs.get(name), self._config.key, earlier)
+
+    def _canonical_call_of(self, name: str, arguments: str) -> str:
+        return canonical_call(ToolCall(name, arguments), self._specs.get(name))
 
     def _closest(self, call: ToolCall, spec: ToolSpec | None, earlier: list[Write]) -> tuple[Entry | None, float]:
         arguments, writes = _stored_form(call, spec, self._config.key, earlier)
@@ -69,7 +86,7 @@ class CacheSession:
     def execute(self, call: ToolCall) -> Observation:
         observation = self._cache.answer(call, self._earlier, f"{self._name}/{self._calls}")
         self._calls += 1
-        self._earlier += _write_of(call, self._cache._specs.get(call.name), observation.result)
+        self._earlier += self._cache.write_of(call, observation.result)
         return observation
 
 
@@ -79,6 +96,8 @@ def _observed(call: ToolCall, entry: Entry, tier: Tier, score: float, fidelity: 
 
 def _drawn(entries: list[Entry], draw: str) -> Entry:
     """One of the results of a key, with probability proportional to its count."""
+    if len(entries) == 1:
+        return entries[0]
     total = sum(entry.count for entry in entries)
     point = int.from_bytes(hashlib.sha256(draw.encode()).digest()[:8], "big") % total
     for entry in entries:
