@@ -77,6 +77,7 @@ def record(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, An
             with SQLiteStore(path, mode="rw") as store:
                 for key, value in corpus.provenance.items():
                     store.set_metadata(key, value)
+                store.set_metadata("key", run.config.cache.key)
                 with store.transaction():
                     for transcript in transcripts:
                         record_transcript(store, transcript, specs, run.config.cache.key)
