@@ -29,7 +29,7 @@ class CachedTools:
             self._by_tool.setdefault(entry.tool, []).append(entry)
         for entries in self._by_key.values():
             entries.sort(key=lambda e: e.hash)
-        self._tokens: dict[str, list[tuple[tiers.Tokens, Entry]]] = {}
+        self._indices: dict[str, tiers.ToolIndex] = {}
         self._nearest: dict[tuple[str, str, str], tuple[Entry | None, float]] = {}
 
     def start(self, task: Task, sample: int) -> CacheSession:
@@ -52,9 +52,9 @@ class CachedTools:
         arguments, writes = _stored_form(call, spec, self._config.key, earlier)
         question = (call.name, arguments, writes)
         if question not in self._nearest:
-            if call.name not in self._tokens:
-                self._tokens[call.name] = tiers.tokenized(self._by_tool.get(call.name, ()))
-            self._nearest[question] = tiers.nearest(tiers.tokens(arguments), writes, self._tokens[call.name])
+            if call.name not in self._indices:
+                self._indices[call.name] = tiers.ToolIndex(self._by_tool.get(call.name, ()))
+            self._nearest[question] = self._indices[call.name].nearest(tiers.tokens(arguments), writes)
         return self._nearest[question]
 
 

@@ -8,7 +8,6 @@ import pytest
 from cacherl_jax.cache.imports import import_transcripts, lookup_transcripts
 from cacherl_jax.cache.lookup import CachedTools, record_transcript
 from cacherl_jax.cache.store import MemoryStore, SQLiteStore
-from cacherl_jax.cache.tiers import similarity, tokens
 from cacherl_jax.config import CacheConfig
 from cacherl_jax.types import Effects, Kind, Message, Task, Tier, ToolCall, ToolSpec, Transcript
 
@@ -105,17 +104,6 @@ def test_policy_without_best_effort_and_threshold(cache):
     record_transcript(store, transcript((FIND, "rain", None)), SPECS, "state")
     strict = CachedTools(store, SPECS, dataclasses.replace(CacheConfig(), best_effort="off", fuzzy_threshold=0.6), seed=0)
     assert strict.start(TASK, 0).execute(ToolCall.of("find", city="Oslo")).tier is Tier.MISS
-
-
-def test_similarity_is_jaccard_softened_inside_free_text():
-    a = tokens('{"a":"x","b":1,"c":{"d":[1,2]}}')
-    assert set(a) == {"a", "b", "c.d[0]", "c.d[1]"}
-    assert similarity(a, tokens('{"a":"x","b":2,"c":{"d":[1,3]}}')) == 2 / 6
-    assert similarity(tokens('{"b":1}'), tokens('{"b":"1"}')) == 0.0  # types differ
-    assert similarity(tokens("{}"), tokens("{}")) == 1.0
-    near = similarity(tokens('{"q":"cheap hotel in Rome"}'), tokens('{"q":"hotel in Rome cheap"}'))
-    assert near == 1.0 > similarity(tokens('{"q":"cheap hotel in Rome"}'), tokens('{"q":"bus to Oslo"}'))
-    assert similarity(tokens('{"id":"a1"}'), tokens('{"id":"a2"}')) == 0.0  # ids are not free text
 
 
 def test_published_figures_of_sgd(shared_data, tmp_path):
