@@ -24,7 +24,8 @@ import jax
 from cacherl_jax import checkpoint, metrics
 from cacherl_jax import corpus as corpora
 from cacherl_jax.cache.lookup import CachedTools, record_transcript
-from cacherl_jax.cache.store import SQLiteStore, snapshot_id
+from cacherl_jax.cache.snapshot import snapshot_id
+from cacherl_jax.cache.store import SQLiteStore
 from cacherl_jax.config import Config, ModelConfig
 from cacherl_jax.evaluate import coverage, intervals, process_accuracy, report
 from cacherl_jax.model import qwen3

@@ -74,7 +74,7 @@ class CacheSession:
 
 
 def _observed(call: ToolCall, entry: Entry, tier: Tier, score: float, fidelity: float) -> Observation:
-    return Observation(call, entry.result, tier, entry.kind, score, entry.hash, fidelity)
+    return Observation(call, entry.result, tier, entry.kind, score, entry.hash, fidelity, entry.age)
 
 
 def _drawn(entries: list[Entry], draw: str) -> Entry:

@@ -1,76 +1,39 @@
 """Where recorded results live: entries by key, several results a key with their counts. Two stores, one contract.
 
-A snapshot id names content alone: neither time nor the order of insertion changes it.
+A store is open (it takes recordings) or frozen (a snapshot: see snapshot.py), which every change is refused to. Both stores
+may be used by several threads; an SQLite store also by several processes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
 import sqlite3
+import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from cacherl_jax.cache.entries import Entry, Recording, content_digest
 from cacherl_jax.types import Kind, ToolResult
 
 SCHEMA_VERSION = 2
+# How long a writer waits for the others, in seconds. A bulk import holds the store for as long as it runs.
+BUSY_SECONDS = 120.0
 
 
 class StoreError(RuntimeError):
-    """A store that cannot be used: another version, damaged, or absent."""
-
-
-@dataclass(frozen=True)
-class Recording:
-    """One answered call as it was observed: what fills a store, and what rules and fidelities are learnt from.
-
-    episode: the dialogue or run it is from. recorded_at: Unix seconds, None where the corpus does not say.
-    """
-
-    key: bytes
-    tool: str
-    arguments: str  # canonical, or as recorded in a raw store
-    writes: str  # the relevant earlier writes, one a line; "" for none
-    result: ToolResult
-    episode: str = ""
-    kind: Kind = Kind.RECORDED
-    recorded_at: float | None = None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One result of one key, with what all its recordings say. count: their number. recorded_at: of the newest.
-    first: the entry's rank of arrival in the store."""
-
-    key: bytes
-    tool: str
-    arguments: str
-    writes: str
-    result: ToolResult
-    kind: Kind
-    count: int
-    recorded_at: float | None
-    first: int
-
-    @property
-    def hash(self) -> str:
-        """Names the entry by content: key, kind, result, error."""
-        return hashlib.sha256(self.key + content_digest(self.kind, self.result)).hexdigest()
-
-
-def content_digest(kind: Kind, result: ToolResult) -> bytes:
-    """SHA-256 of what was answered."""
-    # surrogatepass: payloads with lone surrogates are recorded data, not ours to refuse.
-    return hashlib.sha256(f"{kind}\n{result.error or ''}\n{result.content}".encode("utf-8", "surrogatepass")).digest()
+    """A store that cannot be used or changed as asked: another version, damaged, absent, locked or frozen."""
 
 
 class Store(Protocol):
-    """What the cache needs of a store."""
+    """What the cache needs of a store. Changes to a frozen store raise StoreError."""
 
     def add(self, recording: Recording) -> None:
-        """Counts one observation; its result becomes an entry of the key unless it is one."""
+        """Counts one observation; its result becomes an entry of the key unless it is one. Kept when this returns, or with
+        the transaction around it."""
         ...
 
     def get(self, key: bytes) -> list[Entry]:
@@ -81,32 +44,57 @@ class Store(Protocol):
         """All entries of a tool, ordered by hash."""
         ...
 
-    def entries(self) -> Iterator[Entry]: ...
+    def entries(self) -> Iterator[Entry]:
+        """Every entry, in order of arrival."""
+        ...
 
     def recordings(self) -> Iterator[Recording]:
         """Every observation, in order of arrival."""
         ...
 
     def metadata(self) -> dict[str, str]:
-        """What is known of the store as a whole: key mode, source, licence, fitted rules."""
+        """What is known of the store as a whole: key (mode), source, licence, rules, fidelity; of a snapshot also snapshot
+        (its id) and taken_at (Unix seconds)."""
         ...
 
-    def set_metadata(self, name: str, value: str) -> None: ...
+    def set_metadata(self, name: str, value: str) -> None:
+        """Naming its "snapshot" freezes the store."""
+        ...
 
+    def set_aside(self, entry: Entry, reason: str) -> None:
+        """Quarantines an entry: it and its recordings, later ones included, are in the store but in no answer of it."""
+        ...
 
-def snapshot_id(store: Store) -> str:
-    """SHA-256 over the sorted content of all entries."""
-    lines = sorted(
-        hashlib.sha256(
-            b"\0".join([e.key, e.tool.encode("utf-8", "surrogatepass"), content_digest(e.kind, e.result), b"%d" % e.count])
-        ).digest()
-        for e in store.entries()
-    )
-    return hashlib.sha256(b"".join(lines)).hexdigest()
+    def restore(self, entry: Entry) -> None:
+        """Takes an entry out of quarantine."""
+        ...
+
+    def quarantined(self) -> list[tuple[Entry, str]]:
+        """The entries set aside and why, in order of arrival."""
+        ...
+
+    def transaction(self) -> AbstractContextManager[Any]:
+        """Everything changed inside is kept together or, on an exception, not at all."""
+        ...
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """Everything read inside is of one moment, whatever others write."""
+        ...
 
 
 def _ranked(entries: list[Entry]) -> list[Entry]:
-    return sorted(entries, key=lambda e: (-e.count, e.first))
+    return sorted(entries, key=lambda e: (-e.count, e.first)) if len(entries) > 1 else entries
+
+
+def _refuse_frozen(name: object, snapshot: str | None) -> None:
+    if snapshot is not None:
+        raise StoreError(
+            f"store {name} is the frozen snapshot {snapshot[:12]}; change the store it was taken from, then take another"
+        )
+
+
+def _age(recorded_at: float | None, taken_at: float | None) -> float | None:
+    return None if recorded_at is None or taken_at is None else max(0.0, taken_at - recorded_at)
 
 
 class MemoryStore:
@@ -114,68 +102,121 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._by_key: dict[bytes, dict[bytes, Entry]] = {}
-        self._recordings: list[Recording] = []
+        self._recordings: list[tuple[bytes, bytes, str, float | None]] = []  # key, digest, episode, recorded_at
         self._metadata: dict[str, str] = {}
+        self._aside: dict[tuple[bytes, bytes], str] = {}  # (key, digest) -> reason
+        self._lock = threading.RLock()
 
     def add(self, recording: Recording) -> None:
         r = recording
-        results = self._by_key.setdefault(r.key, {})
         digest = content_digest(r.kind, r.result)
-        old = results.get(digest)
-        count, first = (old.count + 1, old.first) if old else (1, len(self._recordings))
-        newest = max((t for t in (r.recorded_at, old and old.recorded_at) if t is not None), default=None)
-        results[digest] = Entry(r.key, r.tool, r.arguments, r.writes, r.result, r.kind, count, newest, first)
-        self._recordings.append(r)
+        with self._lock:
+            _refuse_frozen("in memory", self._metadata.get("snapshot"))
+            results = self._by_key.setdefault(r.key, {})
+            old = results.get(digest)
+            if old is None:
+                first = len(self._recordings)
+                results[digest] = Entry(r.key, r.tool, r.arguments, r.writes, r.result, r.kind, 1, r.recorded_at, first)
+            else:
+                newest = max((t for t in (r.recorded_at, old.recorded_at) if t is not None), default=None)
+                results[digest] = dataclasses.replace(old, count=old.count + 1, recorded_at=newest)
+            self._recordings.append((r.key, digest, r.episode, r.recorded_at))
+
+    def _shown(self, entry: Entry) -> Entry:
+        taken_at = self._metadata.get("taken_at")
+        return entry if taken_at is None else dataclasses.replace(entry, age=_age(entry.recorded_at, float(taken_at)))
 
     def get(self, key: bytes) -> list[Entry]:
-        return _ranked(list(self._by_key.get(key, {}).values()))
+        results = self._by_key.get(key, {})
+        return _ranked([self._shown(e) for digest, e in results.items() if (key, digest) not in self._aside])
 
     def of_tool(self, tool: str) -> list[Entry]:
         return sorted((e for e in self.entries() if e.tool == tool), key=lambda e: e.hash)
 
     def entries(self) -> Iterator[Entry]:
-        for results in self._by_key.values():
-            yield from results.values()
+        with self._lock:
+            found = [e for key, results in self._by_key.items() for d, e in results.items() if (key, d) not in self._aside]
+        return map(self._shown, sorted(found, key=lambda e: e.first))
 
     def recordings(self) -> Iterator[Recording]:
-        return iter(self._recordings)
+        for key, digest, episode, recorded_at in list(self._recordings):
+            if (key, digest) not in self._aside:
+                e = self._by_key[key][digest]
+                yield Recording(key, e.tool, e.arguments, e.writes, e.result, episode, e.kind, recorded_at)
 
     def metadata(self) -> dict[str, str]:
         return dict(self._metadata)
 
     def set_metadata(self, name: str, value: str) -> None:
+        _refuse_frozen("in memory", self._metadata.get("snapshot"))
         self._metadata[name] = value
 
+    def set_aside(self, entry: Entry, reason: str) -> None:
+        _refuse_frozen("in memory", self._metadata.get("snapshot"))
+        self._aside[entry.key, content_digest(entry.kind, entry.result)] = reason
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS metadata (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS entries (
-    first INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL, digest BLOB NOT NULL, tool TEXT NOT NULL,
-    arguments TEXT NOT NULL, writes TEXT NOT NULL, content TEXT NOT NULL, error TEXT, kind TEXT NOT NULL,
-    count INTEGER NOT NULL, recorded_at REAL, UNIQUE (key, digest)
-);
-CREATE INDEX IF NOT EXISTS entries_of_tool ON entries (tool);
-CREATE TABLE IF NOT EXISTS recordings (entry INTEGER NOT NULL REFERENCES entries (first), episode TEXT NOT NULL, recorded_at REAL);
-"""
+    def restore(self, entry: Entry) -> None:
+        _refuse_frozen("in memory", self._metadata.get("snapshot"))
+        self._aside.pop((entry.key, content_digest(entry.kind, entry.result)), None)
+
+    def quarantined(self) -> list[tuple[Entry, str]]:
+        found = [(self._by_key[key][digest], reason) for (key, digest), reason in self._aside.items()]
+        return sorted(found, key=lambda pair: pair[0].first)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        with self._lock:
+            by_key = {key: dict(results) for key, results in self._by_key.items()}
+            before = by_key, list(self._recordings), dict(self._metadata), dict(self._aside)
+            try:
+                yield
+            except BaseException:
+                self._by_key, self._recordings, self._metadata, self._aside = before
+                raise
+
+    def reading(self) -> AbstractContextManager[Any]:
+        return self._lock
+
+
+_SCHEMA = (
+    "CREATE TABLE metadata (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    # A text with lone surrogates is no UTF-8: it is kept as a blob of surrogatepass bytes. quarantine: why set aside.
+    "CREATE TABLE entries (first INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL, digest BLOB NOT NULL,"
+    " count INTEGER NOT NULL, recorded_at REAL, kind TEXT NOT NULL, quarantine TEXT, tool TEXT NOT NULL,"
+    " arguments TEXT NOT NULL, writes TEXT NOT NULL, error TEXT, content TEXT NOT NULL, UNIQUE (key, digest))",
+    "CREATE INDEX entries_of_tool ON entries (tool)",
+    "CREATE TABLE recordings (entry INTEGER NOT NULL REFERENCES entries (first), episode TEXT NOT NULL, recorded_at REAL)",
+)
 _COLUMNS = "key, tool, arguments, writes, content, error, kind, count, recorded_at, first"
+_KINDS = {kind.value: kind for kind in Kind}
 
 
 class SQLiteStore:
-    """A store in one file, in WAL mode: one writer and many readers, nothing acknowledged is lost.
+    """A store in one file, in WAL mode: writers take turns, readers never wait, nothing acknowledged is lost.
 
     mode "rw" creates the file where absent; "r" refuses to write and to create. Raises StoreError for a file that is no
     store, was cut, or has another schema version; the file is left as it is.
     """
 
     def __init__(self, path: Path, mode: str) -> None:
-        self.path = path
+        self.path, self._mode = path, mode
+        self._snapshot: str | None = None
+        self._taken_at: float | None = None
+        self._lock = threading.RLock()
         if mode == "r" and not path.is_file():
             raise StoreError(f"store {path} does not exist; record or import one first")
-        self._db = sqlite3.connect(f"file:{path.resolve()}?mode={'ro' if mode == 'r' else 'rwc'}", uri=True)
-        self._db.text_factory = lambda raw: raw.decode("utf-8", "surrogatepass")
-        self._db.isolation_level = None  # transactions are opened by hand
         try:
-            self._open(mode)
+            self._db = sqlite3.connect(
+                f"{path.resolve().as_uri()}?mode={'ro' if mode == 'r' else 'rwc'}",
+                uri=True,
+                timeout=BUSY_SECONDS,
+                isolation_level=None,  # transactions are opened by hand
+                check_same_thread=False,  # the lock keeps threads apart
+            )
+        except sqlite3.OperationalError as error:
+            raise StoreError(f"store {path} cannot be opened ({error})") from error
+        try:
+            self._open_in_turn(mode)
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise StoreError(f"store {path} is damaged or no store at all ({error}); the file was not changed") from error
@@ -183,22 +224,46 @@ class SQLiteStore:
             self._db.close()
             raise
 
+    def _open_in_turn(self, mode: str) -> None:
+        # Where several processes create a store at once, SQLite refuses all but one without waiting.
+        until = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                return self._open(mode)
+            except sqlite3.OperationalError as error:
+                if not getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY") or time.monotonic() > until:
+                    raise
+            time.sleep(0.01)
+
+    def _tables(self) -> set[str]:
+        return {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
     def _open(self, mode: str) -> None:
-        tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if mode == "rw" and not tables:
+        self._db.execute("PRAGMA synchronous = FULL")  # some builds of SQLite trade power loss for speed
+        if mode == "rw" and not self._tables():
             self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.executescript(_SCHEMA)
-            self.set_metadata("schema_version", str(SCHEMA_VERSION))
-        elif "metadata" not in tables:
+            with self.transaction():
+                if not self._tables():  # another process may have been faster
+                    for statement in _SCHEMA:
+                        self._db.execute(statement)
+                    self._db.execute("INSERT INTO metadata VALUES ('schema_version', ?)", (str(SCHEMA_VERSION),))
+        if "metadata" not in self._tables():
             raise StoreError(f"{self.path} is an SQLite file but no store of cacherl")
-        version = self.metadata().get("schema_version")
-        if version != str(SCHEMA_VERSION):
+        row = self._db.execute("SELECT value FROM metadata WHERE name = 'schema_version'").fetchone()
+        if row != (str(SCHEMA_VERSION),):
             raise StoreError(
-                f"store {self.path} has schema version {version}, this program reads {SCHEMA_VERSION}; record or import it anew"
+                f"store {self.path} has schema version {row and row[0]}, this program reads {SCHEMA_VERSION}; "
+                "record or import it anew"
             )
         (state,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
         if state != "ok":
             raise StoreError(f"store {self.path} is damaged ({state}); the file was not changed")
+        self._read_snapshot()
+
+    def _read_snapshot(self) -> None:
+        metadata = self.metadata()
+        self._snapshot = metadata.get("snapshot")
+        self._taken_at = float(metadata["taken_at"]) if "taken_at" in metadata else None
 
     def __enter__(self) -> SQLiteStore:
         return self
@@ -209,61 +274,120 @@ class SQLiteStore:
     def close(self) -> None:
         self._db.close()
 
+    def to_single_file(self) -> None:
+        """Leaves WAL mode: the file can be copied, and read from where nothing can be written."""
+        self._db.execute("PRAGMA journal_mode = DELETE")
+
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Everything added inside is kept together or, on an exception, not at all."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+    def _between(self, begin: str) -> Iterator[None]:
+        """A transaction; inside another one, a part of it that can fail alone."""
+        with self._lock:
+            inside = self._db.in_transaction
+            try:
+                self._db.execute("SAVEPOINT part" if inside else begin)
+            except sqlite3.OperationalError as error:
+                raise StoreError(f"store {self.path} cannot be changed now ({error}); is another program writing?") from error
+            try:
+                yield
+                self._db.execute("RELEASE part" if inside else "COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK TO part" if inside else "ROLLBACK")
+                self._read_snapshot()
+                raise
+
+    def transaction(self) -> AbstractContextManager[None]:
+        return self._between("BEGIN IMMEDIATE")
+
+    def reading(self) -> AbstractContextManager[None]:
+        return self._between("BEGIN")
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        if self._mode == "r":
+            raise StoreError(f"store {self.path} was opened to be read; nothing is written")
+        _refuse_frozen(self.path, self._snapshot)
+        with self.transaction():
             yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
     def set_metadata(self, name: str, value: str) -> None:
-        self._db.execute("INSERT OR REPLACE INTO metadata VALUES (?, ?)", (name, value))
+        with self._change():
+            self._db.execute("INSERT OR REPLACE INTO metadata VALUES (?, ?)", (name, value))
+            if name in ("snapshot", "taken_at"):
+                self._read_snapshot()
 
     def metadata(self) -> dict[str, str]:
-        return dict(self._db.execute("SELECT name, value FROM metadata"))
+        return dict(self._db.execute("SELECT name, value FROM metadata WHERE name != 'schema_version'"))
 
     def add(self, recording: Recording) -> None:
-        # An entry and its recording are written together, by a transaction of their own unless one is open.
-        with contextlib.nullcontext() if self._db.in_transaction else self.transaction():
-            self._add(recording)
+        r = recording
+        texts = [_stored(text) for text in (r.tool, r.arguments, r.writes, r.result.error, r.result.content)]
+        digest = content_digest(r.kind, r.result)
+        with self._change():  # an entry and its recording are written together
+            (entry,) = self._db.execute(
+                "INSERT INTO entries (key, digest, count, recorded_at, kind, tool, arguments, writes, error, content)"
+                " VALUES (?, ?, 1, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key, digest) DO UPDATE SET count = count + 1,"
+                " recorded_at = max(ifnull(recorded_at, excluded.recorded_at), ifnull(excluded.recorded_at, recorded_at))"
+                " RETURNING first",
+                (r.key, digest, r.recorded_at, r.kind.value, *texts),
+            ).fetchone()
+            self._db.execute("INSERT INTO recordings VALUES (?, ?, ?)", (entry, _stored(r.episode), r.recorded_at))
 
-    def _add(self, r: Recording) -> None:
-        texts = [t.encode("utf-8", "surrogatepass") for t in (r.tool, r.arguments, r.writes, r.result.content)]
-        (entry,) = self._db.execute(
-            "INSERT INTO entries (key, digest, tool, arguments, writes, content, error, kind, count, recorded_at)"
-            " VALUES (?, ?, CAST(? AS TEXT), CAST(? AS TEXT), CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, 1, ?)"
-            " ON CONFLICT (key, digest) DO UPDATE SET count = count + 1,"
-            " recorded_at = max(ifnull(recorded_at, excluded.recorded_at), ifnull(excluded.recorded_at, recorded_at))"
-            " RETURNING first",
-            (r.key, content_digest(r.kind, r.result), *texts, r.result.error, r.kind.value, r.recorded_at),
-        ).fetchone()
-        self._db.execute("INSERT INTO recordings VALUES (?, ?, ?)", (entry, r.episode, r.recorded_at))
+    def _entries(self, condition: str, *values: Any) -> sqlite3.Cursor:
+        return self._db.execute(f"SELECT {_COLUMNS} FROM entries WHERE {condition}", values)
 
     def get(self, key: bytes) -> list[Entry]:
-        rows = self._db.execute(f"SELECT {_COLUMNS} FROM entries WHERE key = ?", (key,))
-        return _ranked([_entry(row) for row in rows])
+        return _ranked([self._entry(row) for row in self._entries("key = ? AND quarantine IS NULL", key).fetchall()])
 
     def of_tool(self, tool: str) -> list[Entry]:
-        rows = self._db.execute(f"SELECT {_COLUMNS} FROM entries WHERE tool = ?", (tool,))
-        return sorted((_entry(row) for row in rows), key=lambda e: e.hash)
+        rows = self._entries("tool = ? AND quarantine IS NULL", _stored(tool))
+        return sorted((self._entry(row) for row in rows), key=lambda e: e.hash)
 
     def entries(self) -> Iterator[Entry]:
-        for row in self._db.execute(f"SELECT {_COLUMNS} FROM entries ORDER BY first"):
-            yield _entry(row)
+        return map(self._entry, self._entries("quarantine IS NULL ORDER BY first"))
+
+    def _entry(self, row: tuple) -> Entry:
+        key, tool, arguments, writes, content, error, kind, count, recorded_at, first = row
+        if bytes in (type(tool), type(arguments), type(writes), type(content), type(error)):
+            tool, arguments, writes, content, error = map(_text, (tool, arguments, writes, content, error))
+        age = _age(recorded_at, self._taken_at)
+        return Entry(key, tool, arguments, writes, ToolResult(content, error), _KINDS[kind], count, recorded_at, first, age)
 
     def recordings(self) -> Iterator[Recording]:
         rows = self._db.execute(
             "SELECT key, tool, arguments, writes, content, error, episode, kind, recordings.recorded_at"
-            " FROM recordings JOIN entries ON entry = first ORDER BY recordings.rowid"
+            " FROM recordings JOIN entries ON entry = first WHERE quarantine IS NULL ORDER BY recordings.rowid"
         )
-        for key, tool, arguments, writes, content, error, episode, kind, recorded_at in rows:
-            yield Recording(key, tool, arguments, writes, ToolResult(content, error), episode, Kind(kind), recorded_at)
+        for key, *texts, kind, recorded_at in rows:
+            tool, arguments, writes, content, error, episode = map(_text, texts)
+            yield Recording(key, tool, arguments, writes, ToolResult(content, error), episode, _KINDS[kind], recorded_at)
+
+    def _set_quarantine(self, entry: Entry, reason: str | None) -> None:
+        with self._change():
+            digest = content_digest(entry.kind, entry.result)
+            self._db.execute("UPDATE entries SET quarantine = ? WHERE key = ? AND digest = ?", (reason, entry.key, digest))
+
+    def set_aside(self, entry: Entry, reason: str) -> None:
+        self._set_quarantine(entry, reason)
+
+    def restore(self, entry: Entry) -> None:
+        self._set_quarantine(entry, None)
+
+    def quarantined(self) -> list[tuple[Entry, str]]:
+        rows = self._db.execute(f"SELECT quarantine, {_COLUMNS} FROM entries WHERE quarantine NOT NULL ORDER BY first")
+        return [(self._entry(row[1:]), row[0]) for row in rows]
 
 
-def _entry(row: tuple) -> Entry:
-    key, tool, arguments, writes, content, error, kind, count, recorded_at, first = row
-    return Entry(key, tool, arguments, writes, ToolResult(content, error), Kind(kind), count, recorded_at, first)
+def _stored(text: str | None) -> str | bytes | None:
+    """The text as SQLite takes it."""
+    if text is None or text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+    return text
+
+
+def _text(stored: str | bytes | None) -> Any:
+    return stored.decode("utf-8", "surrogatepass") if isinstance(stored, bytes) else stored
