@@ -23,6 +23,7 @@ import jax
 
 from cacherl_jax import checkpoint, metrics
 from cacherl_jax import corpus as corpora
+from cacherl_jax.cache.best_effort import Simulator
 from cacherl_jax.cache.lookup import CachedTools, record_transcript
 from cacherl_jax.cache.snapshot import snapshot_id
 from cacherl_jax.cache.store import SQLiteStore
@@ -352,8 +353,12 @@ def model_config(run: RunDirectory) -> Config:
 
 
 def open_cache(run: RunDirectory, split: str, specs: Mapping[str, ToolSpec]) -> CachedTools:
-    store = SQLiteStore(run.out / "record" / STORES[split], mode="r")
-    return CachedTools(store, specs, run.config.cache, run.config.seed)
+    store, config = SQLiteStore(run.out / "record" / STORES[split], mode="r"), run.config.cache
+    simulator = None
+    if config.best_effort == "simulator":
+        # Replies of one split's calls are kept apart: what training was told is never told in evaluation.
+        simulator = Simulator(config.simulator, SQLiteStore(run.out / "record" / f"simulated.{split}.sqlite", mode="rw"))
+    return CachedTools(store, specs, config, run.config.seed, simulator=simulator)
 
 
 def load_policy(run: RunDirectory, stage: str, config: Config) -> qwen3.Qwen3:

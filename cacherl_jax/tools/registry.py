@@ -84,6 +84,12 @@ def live_call_count() -> int:
     return _live_seen
 
 
+def refuse_live(call: ToolCall) -> None:
+    """Raises LiveToolError inside `forbid_live()`. Whoever is about to reach a live tool asks here first."""
+    if _live_forbidden.get():
+        raise LiveToolError(f"live tool {call.name} was called where only the cache may answer: {call.arguments[:200]}")
+
+
 def run_live(tool: Tool, state: Any, call: ToolCall) -> Observation:
     """Runs a tool on a call that `check_call` accepted. ToolError becomes a result; anything else is a bug and is raised.
 
@@ -91,8 +97,7 @@ def run_live(tool: Tool, state: Any, call: ToolCall) -> Observation:
     """
     global _live_seen
     _live_seen = next(_live_calls) + 1
-    if _live_forbidden.get():
-        raise LiveToolError(f"live tool {call.name} was called where only the cache may answer: {call.arguments[:200]}")
+    refuse_live(call)
     try:
         value = tool.run(state, **call.parsed())
         result = ToolResult(json.dumps(value, ensure_ascii=False))
