@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import jsonschema
 
-from cacherl_jax.types import Kind, Observation, Tier, ToolCall, ToolResult, ToolSpec
+from cacherl_jax.types import Effects, Kind, Observation, Tier, ToolCall, ToolResult, ToolSpec
 
 
 class ToolError(Exception):
@@ -62,6 +63,24 @@ def _validator(schema: str) -> jsonschema.Draft202012Validator:
     parsed = json.loads(schema)
     jsonschema.Draft202012Validator.check_schema(parsed)
     return jsonschema.Draft202012Validator(parsed)
+
+
+def specs_to_json(specs: Mapping[str, ToolSpec]) -> list[dict[str, Any]]:
+    """Tool definitions as a JSON array: files and stores keep them so."""
+    return [dataclasses.asdict(spec) for spec in specs.values()]
+
+
+def specs_from_json(rows: Sequence[Mapping[str, Any]]) -> dict[str, ToolSpec]:
+    specs = {}
+    for row in rows:
+        effects = row["effects"]
+        specs[row["name"]] = ToolSpec(
+            row["name"],
+            row["description"],
+            row["parameters"],
+            Effects(tuple(effects["reads"]), tuple(effects["writes"]), effects["stochastic"], effects["time_dependent"]),
+        )
+    return specs
 
 
 _live_forbidden: contextvars.ContextVar[bool] = contextvars.ContextVar("live_forbidden", default=False)
