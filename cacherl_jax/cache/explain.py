@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cacherl_jax.cache.gate import gate_values
 from cacherl_jax.cache.key import Write, call_key, canonical_call, raw_call
 from cacherl_jax.cache.lookup import CachedTools, stored_form
-from cacherl_jax.cache.policies import gate_values, is_negative
+from cacherl_jax.cache.results import is_negative
 from cacherl_jax.cache.store import Entry, Store
 from cacherl_jax.tools.registry import check_call
 from cacherl_jax.types import Observation, Tier, ToolCall
@@ -67,9 +68,7 @@ def _served(o: Observation) -> dict[str, Any]:
     }
 
 
-def _tried(
-    store: Store, cache: CachedTools, call: ToolCall, earlier: Sequence[Write], served: Observation
-) -> list[dict[str, str]]:
+def _tried(store: Store, cache: CachedTools, call: ToolCall, earlier: Sequence[Write], served: Observation) -> list[dict[str, str]]:
     config, spec = cache.config, cache.specs.get(call.name)
     rows: list[tuple[Tier, str]] = [(Tier.EXACT, _exact(store.get(call_key(call, spec, config.key, earlier)), config.errors))]
     if served.tier is not Tier.EXACT:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from cacherl_jax.cache import tiers
 from cacherl_jax.cache.best_effort import Shape, Simulator, SimulatorError, fill, learn_shape
+from cacherl_jax.cache.gate import gate_values
 from cacherl_jax.cache.key import KeyMode, Write, call_key, canonical_arguments, canonical_call, raw_call, relevant_writes
-from cacherl_jax.cache.policies import gate_values, is_negative
+from cacherl_jax.cache.results import is_negative
 from cacherl_jax.cache.store import Entry, Recording, Store
 from cacherl_jax.config import CacheConfig, ConfigError
 from cacherl_jax.tools.registry import error_result, refuse_live

@@ -33,8 +33,9 @@ def meaning(result: ToolResult) -> str:
 
 
 def is_negative(result: ToolResult) -> bool:
-    """An error, or nothing found: empty text, null, an empty list or object."""
-    return result.error is not None or parsed(result.content or "null") in (None, "", [], {})
+    """An error, or nothing found: blank text, null, an empty text, list or object. What a text mentions does not matter: a
+    payload that contains "404" is a success."""
+    return result.error is not None or parsed(result.content.strip() or "null") in (None, "", [], {})
 
 
 def facts(result: ToolResult) -> Counter[Fact]:

@@ -1,4 +1,4 @@
-"""Which stored entries a tier may serve: the policy for errors and empty results, and the gate of the fuzzy tier."""
+"""The gate of the fuzzy tier: arguments whose values must agree before a similar call may answer."""
 
 from __future__ import annotations
 
@@ -6,17 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cacherl_jax.types import ToolResult, ToolSpec
-
-EMPTY = ("", "null", "[]", "{}", '""')
-
-
-def is_negative(result: ToolResult) -> bool:
-    """Whether a result is a typed error, or says that there is nothing: blank text, null, or an empty list, object or text.
-
-    What the text mentions does not matter: a payload that contains "404" is a success.
-    """
-    return result.error is not None or "".join(result.content.split()) in EMPTY
+from cacherl_jax.types import ToolSpec
 
 
 def gate_values(arguments: str, spec: ToolSpec | None, gate: Sequence[str]) -> str:
