@@ -1,4 +1,4 @@
-"""The `cacherl` command: one verb a stage, `demo` for all of them, `cache` for stores of recorded corpora."""
+"""The `cacherl` command: one verb a stage, `demo` for all of them, `cache` for stores of recorded calls."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cacherl_jax.cache_verbs import add_verbs
 from cacherl_jax.config import Config, ConfigError, load_config, with_overrides
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
@@ -62,18 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--out", type=Path, required=True, help="the run's folder")
         verb.add_argument("--json", action="store_true", help="one JSON object on standard output, no progress bars")
         verb.set_defaults(verb=_run_stages, stages=STAGES if name == "demo" else (name,))
-    cache = verbs.add_parser("cache", help="stores of recorded corpora").add_subparsers(required=True, metavar="VERB")
-    for name, text, call in (
-        ("import", "record a corpus into a store and count what it holds", _cache_import),
-        ("lookup", "look a corpus up in a store and count what it would have been served", _cache_lookup),
-    ):
-        verb = cache.add_parser(name, help=text, description=text)
-        verb.add_argument("--source", choices=("sgd",), required=True)
-        verb.add_argument("--path", type=Path, required=True, help="folder of one split, with schema.json beside the dialogues")
-        verb.add_argument("--store", type=Path, required=True)
-        verb.add_argument("--key", choices=("raw", "canonical", "state"), help="import: default state; lookup: the store's")
-        verb.add_argument("--json", action="store_true", help="one JSON object on standard output")
-        verb.set_defaults(verb=call)
+    add_verbs(verbs.add_parser("cache", help="stores of recorded calls: fill, fit, inspect, publish"))
     return parser
 
 
@@ -103,41 +93,50 @@ def _run_stages(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _cache_import(args: argparse.Namespace) -> dict[str, Any]:
-    from cacherl_jax.cache.imports import import_transcripts
-    from cacherl_jax.cache.store import SQLiteStore
-    from cacherl_jax.data import sgd
-
-    corpus = sgd.read(args.path)
-    with SQLiteStore(args.store, mode="rw") as store:
-        if next(store.entries(), None) is not None:
-            raise ConfigError(f"--store {args.store} already holds entries, which would be counted twice; choose another file")
-        counts = import_transcripts(store, corpus.transcripts(), corpus.specs, args.key or "state")
-    return counts | {"malformed": len(corpus.problems)}
+WIDE = 60  # characters of a cell
 
 
-def _cache_lookup(args: argparse.Namespace) -> dict[str, Any]:
-    from cacherl_jax.cache.imports import lookup_transcripts
-    from cacherl_jax.cache.store import SQLiteStore
-    from cacherl_jax.data import sgd
-
-    corpus = sgd.read(args.path)
-    with SQLiteStore(args.store, mode="r") as store:
-        keyed: Any = store.metadata().get("key")
-        if keyed is None or args.key not in (None, keyed):
-            raise ConfigError(f"--key {args.key}: the keys of store {args.store} are {keyed or 'not of an imported corpus'}")
-        counts = lookup_transcripts(store, corpus.transcripts(), corpus.specs, keyed)
-    return counts | {"malformed": len(corpus.problems)}
-
-
-def _readable(result: Any, indent: str = "") -> str:
-    if not isinstance(result, dict):
-        return f"{result:.4g}" if isinstance(result, float) else str(result)
+def _readable(value: Any, indent: str = "") -> str:
+    """A result as text: one line a field; objects indented, or as a table where they all have the same fields."""
+    if isinstance(value, list) and not any(isinstance(v, dict) for v in value):
+        return ", ".join(map(_cell, value)) or "none"
+    if isinstance(value, list):
+        return _table([dict(v) for v in value], indent)
+    if not isinstance(value, dict):
+        return _cell(value)
+    rows = list(value.values())
+    if len(rows) > 1 and all(isinstance(row, dict) and row and not _nested(row) for row in rows):
+        return _table([{"": name, **row} for name, row in value.items()], indent)
     lines = []
-    for key, value in result.items():
-        text = _readable(value, indent + "  ")
-        lines.append(f"{indent}{key}:\n{text}" if isinstance(value, dict) and value else f"{indent}{key}: {text}")
+    for name, child in value.items():
+        text = _readable(child, indent + "  ")
+        nested = isinstance(child, dict) or _nested({name: child})
+        lines.append(f"{indent}{name}:\n{text}" if nested and child else f"{indent}{name}: {text}")
     return "\n".join(lines)
+
+
+def _nested(row: dict[str, Any]) -> bool:
+    return any(isinstance(v, dict) or (isinstance(v, list) and any(isinstance(w, dict) for w in v)) for v in row.values())
+
+
+def _table(rows: list[dict[str, Any]], indent: str) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [columns, *([_cell(row.get(name, ""))[:WIDE] for name in columns] for row in rows)]
+    numeric = [all(isinstance(row.get(name, 0), int | float) for row in rows) for name in columns]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        parts = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
+        lines.append(indent + "  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else " ".join(str(value).splitlines())
 
 
 if __name__ == "__main__":

@@ -30,16 +30,20 @@ def described(store: Store) -> tuple[dict[str, ToolSpec], KeyMode]:
 
 
 def import_transcripts(
-    store: SQLiteStore, transcripts: Iterable[Transcript], specs: Mapping[str, ToolSpec], mode: KeyMode
+    store: SQLiteStore,
+    transcripts: Iterable[Transcript],
+    specs: Mapping[str, ToolSpec],
+    mode: KeyMode,
+    provenance: Mapping[str, str] = {},
 ) -> dict[str, int]:
-    """Adds all calls, in order and in one transaction.
+    """Adds all calls, in order, and what `describe` adds, in one transaction.
 
     calls; distinct keys; conflicting: keys with more than one result; hits_while_filling: calls whose key was there.
     """
     results: dict[bytes, set[str]] = {}
     calls = hits = 0
     with store.transaction():
-        store.set_metadata("key", mode)
+        describe(store, specs, mode, provenance)
         for transcript in transcripts:
             for recording in recordings(transcript, specs, mode):
                 calls += 1
