@@ -119,7 +119,7 @@ def draw_coverage(found: Coverage, path: Path, *, tools: int = 25) -> None:
         ax.invert_yaxis()
         ax.set(title=title, xlabel="share of calls", xlim=(0, 1))
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(loc="lower right", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found.tiers), fontsize=8)
     figure.suptitle(
         f"{found.calls} calls of {found.tasks} tasks: {found.exact:.0%} exact; {len(found.unfinishable)} tasks cannot be finished"
     )
