@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from cacherl_jax.cache.lookup import CachedTools
     from cacherl_jax.cache.store import SQLiteStore
     from cacherl_jax.data.recorded import Recorded
-    from cacherl_jax.types import Task, ToolCall
+    from cacherl_jax.types import Task, ToolCall, ToolSpec
 
 EXAMPLES = 20  # ids and rows shown of a long list
 
@@ -46,6 +47,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--set": {"action": "append", "default": [], "metavar": "cache.B=C", "help": "change one policy; may be repeated"},
     "--figure": {"type": Path, "help": "also draw a PNG (extra: report)"},
     "call": {"metavar": "CALL", "help": 'the tool\'s name and its arguments as JSON: \'find {"city": "Oslo"}\''},
+    "--out": {"type": Path, "help": "the new file or folder"},
+    "--ttl": {"type": float, "metavar": "SECONDS", "help": "leave out entries whose newest recording is older"},
+    "--move": {"action": "store_true", "help": "set them aside; changes the snapshot's id"},
+    "--restore": {"action": "store_true", "help": "take all entries out of quarantine"},
+    "--effects": {"type": Path, "help": "effect labels to use instead of the corpus' own: the JSON of `cacherl cache effects`"},
+    "--level": {"type": float, "default": 0.05, "help": "false-discovery rate of relations (default 0.05)"},
+    "store_a": {"type": Path, "metavar": "A", "help": "a store"},
+    "store_b": {"type": Path, "metavar": "B", "help": "another"},
     "--after": {"action": "append", "default": [], "metavar": "CALL", "help": "an earlier successful call of the episode"},
 }
 
@@ -66,11 +75,14 @@ def add_verbs(cache: argparse.ArgumentParser) -> None:
 # ---- what verbs share ------------------------------------------------------------------------------------------------
 
 
+DATASET = "dataset"  # a store that `export` wrote
+
+
 def _corpus(args: argparse.Namespace) -> Recorded:
     from cacherl_jax.data.sources import SOURCES
 
     if args.source not in SOURCES:
-        raise ConfigError(f"--source {args.source!r} is none of {', '.join(SOURCES)}")
+        raise ConfigError(f"--source {args.source!r} is none of {', '.join(SOURCES)}; import also takes {DATASET}")
     return SOURCES[args.source](args.path)
 
 
@@ -83,18 +95,23 @@ def _open(path: Path, mode: str = "r") -> SQLiteStore:
 def _cached(args: argparse.Namespace, store: SQLiteStore) -> CachedTools:
     """The store, served by the policies that the command line names."""
     from cacherl_jax.cache.best_effort import Simulator
-    from cacherl_jax.cache.imports import described
     from cacherl_jax.cache.lookup import CachedTools
 
-    specs, key = described(store)
-    asked = with_overrides(load_config(args.config) if args.config else Config(), args.set)
-    if any(s.split("=")[0].strip() == "cache.key" for s in args.set) and asked.cache.key != key:
-        raise ConfigError(f"--set cache.key={asked.cache.key}: the keys of store {args.store} are {key}")
-    config: CacheConfig = dataclasses.replace(asked.cache, key=key)
+    specs, config = _policies(args, store)
     simulator = None
     if config.best_effort == "simulator":
         simulator = Simulator(config.simulator, _open(args.store.with_suffix(".simulated.sqlite"), "rw"))
-    return CachedTools(store, specs, config, asked.seed, simulator=simulator)
+    return CachedTools(store, specs, config, seed=0, simulator=simulator)
+
+
+def _policies(args: argparse.Namespace, store: SQLiteStore) -> tuple[dict[str, ToolSpec], CacheConfig]:
+    from cacherl_jax.cache.imports import described
+
+    specs, key = described(store)
+    config = with_overrides(load_config(args.config) if args.config else Config(), args.set).cache
+    if config.key != key and any(s.partition("=")[0].strip() == "cache.key" for s in args.set):
+        raise ConfigError(f"--set cache.key={config.key}: the keys of store {args.store} are {key}")
+    return specs, dataclasses.replace(config, key=key)
 
 
 def _parsed_call(text: str) -> ToolCall:
@@ -115,13 +132,40 @@ def _parsed_call(text: str) -> ToolCall:
 def _import(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.cache.imports import import_transcripts
 
+    if args.source == DATASET:
+        return _import_dataset(args)
     corpus = _corpus(args)
+    specs = corpus.specs if args.effects is None else _labelled(corpus.specs, args.effects)
     provenance = {"source": corpus.attribution, "licence": corpus.licence}
     with _open(args.store, "rw") as store:
         if next(store.entries(), None) is not None:
             raise ConfigError(f"--store {args.store} already holds entries, which would be counted twice; choose another file")
-        counts = import_transcripts(store, corpus.transcripts(), corpus.specs, args.key or "state", provenance)
+        counts = import_transcripts(store, corpus.transcripts(), specs, args.key or "state", provenance)
     return counts | {"malformed": len(corpus.problems)}
+
+
+def _import_dataset(args: argparse.Namespace) -> dict[str, Any]:
+    from cacherl_jax.cache.publish import import_
+
+    if args.key is not None or args.effects is not None:
+        raise ConfigError("--key and --effects are for corpora; an exported store is keyed and labelled already")
+    with _open(args.store, "rw") as store:
+        return {"snapshot": import_(args.path, store)}
+
+
+def _labelled(specs: Mapping[str, ToolSpec], path: Path) -> dict[str, ToolSpec]:
+    """The tools with the effects that a report of `infer` gives them; tools of which it knows too little keep their own."""
+    from cacherl_jax.types import Effects
+
+    out = dict(specs)
+    try:
+        for name, about in json.loads(path.read_text(encoding="utf-8"))["tools"].items():
+            if name in out and (e := about["effects"]) is not None:
+                effects = Effects(tuple(e["reads"]), tuple(e["writes"]), e["stochastic"], e["time_dependent"])
+                out[name] = dataclasses.replace(out[name], effects=effects)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--effects {path} is no report of `cacherl cache effects --json` ({error!r})") from error
+    return out
 
 
 def _lookup(args: argparse.Namespace) -> dict[str, Any]:
@@ -181,15 +225,112 @@ def _explain(args: argparse.Namespace) -> dict[str, Any]:
         return explain(store, cache, call, writes)
 
 
+# ---- learning from a store -------------------------------------------------------------------------------------------
+
+
+def _effects(args: argparse.Namespace) -> dict[str, Any]:
+    from cacherl_jax.cache.effects import infer
+    from cacherl_jax.cache.imports import described
+
+    with _open(args.store) as store:
+        return infer(store.recordings(), described(store)[0], args.level)
+
+
+def _fit(args: argparse.Namespace) -> dict[str, Any]:
+    from cacherl_jax.cache.fit import fit, write
+    from cacherl_jax.cache.snapshot import snapshot_id
+
+    with _open(args.store, "rw") as store:
+        specs, config = _policies(args, store)
+        fitted = fit(store, specs, config)
+        with store.transaction():
+            write(store, fitted)
+        snapshot = snapshot_id(store)
+    return {
+        "snapshot": snapshot,
+        "answers": fitted.answers,
+        "rules": [{"tool": r.tool, "rule": str(r), "right": r.right, "votes": r.votes, "p": r.p} for r in fitted.rules],
+    }
+
+
+# ---- what a store holds ----------------------------------------------------------------------------------------------
+
+
+def _stats(args: argparse.Namespace) -> dict[str, Any]:
+    from cacherl_jax.cache.contents import stats
+
+    with _open(args.store) as store:
+        return stats(store)
+
+
+def _conflicts(args: argparse.Namespace) -> dict[str, Any]:
+    from cacherl_jax.cache.contents import conflicts
+
+    with _open(args.store) as store:
+        return conflicts(store)
+
+
+def _quarantine(args: argparse.Namespace) -> dict[str, Any]:
+    from cacherl_jax.cache.quarantine import quarantine, restore
+    from cacherl_jax.cache.snapshot import snapshot_id
+
+    if args.move and args.restore:
+        raise ConfigError("--move and --restore undo each other; give one")
+    with _open(args.store, "rw" if args.move or args.restore else "r") as store:
+        found = {"restored": restore(store)} if args.restore else quarantine(store, move=args.move)
+        return {"snapshot": snapshot_id(store)} | found
+
+
+# ---- snapshots -------------------------------------------------------------------------------------------------------
+
+
+def _snapshot(args: argparse.Namespace) -> dict[str, Any]:
+    from cacherl_jax.cache.snapshot import take
+
+    with _open(args.store) as store:
+        return {"snapshot": take(store, args.out, ttl=args.ttl, now=time.time())}
+
+
+def _diff(args: argparse.Namespace) -> dict[str, Any]:
+    from cacherl_jax.cache.snapshot import diff
+
+    with _open(args.store_a) as a, _open(args.store_b) as b:
+        return diff(a, b)
+
+
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    from cacherl_jax.cache.publish import export
+
+    with _open(args.store) as store:
+        manifest = export(store, args.out)
+    return {name: value for name, value in manifest.items() if name != "metadata"}
+
+
 _CORPUS = ("--source", "--path", "--store")
-_POLICIES = ("[--config]", "[--set]")
+_SERVING = ("[--config]", "[--set]")
 VERBS: dict[str, Verb] = {
-    "import": Verb("record a corpus into a store and count what it holds", _import, (*_CORPUS, "[--key]")),
+    "import": Verb("record a corpus into a store and count what it holds", _import, (*_CORPUS, "[--key]", "[--effects]")),
     "lookup": Verb("look a corpus up in a store and count what it would have been served", _lookup, (*_CORPUS, "[--key]")),
     "coverage": Verb(
         "how a store answers the calls of tasks: by tool, tier and turn; tasks that cannot be finished",
         _coverage,
-        ("--store", "[--tasks]", "[--source]", "[--path]", *_POLICIES, "[--figure]"),
+        ("--store", "[--tasks]", "[--source]", "[--path]", *_SERVING, "[--figure]"),
     ),
-    "explain": Verb("what a call would be served and why", _explain, ("call", "--store", "[--after]", *_POLICIES)),
+    "effects": Verb(
+        "which tools write, read, draw or hide state, inferred from recordings; contradictions of the given labels",
+        _effects,
+        ("--store", "[--level]"),
+    ),
+    "fit": Verb("learn rules of the adapted tier and the fidelity of answers into the store", _fit, ("--store", *_SERVING)),
+    "stats": Verb("what a store holds, in numbers", _stats, ("--store",)),
+    "conflicts": Verb("keys with several results, those seen most often first", _conflicts, ("--store",)),
+    "quarantine": Verb(
+        "entries that would poison a policy: failures stored as answers, control tokens",
+        _quarantine,
+        ("--store", "[--move]", "[--restore]"),
+    ),
+    "snapshot": Verb("freeze a copy of a store under an id of its content", _snapshot, ("--store", "--out", "[--ttl]")),
+    "diff": Verb("what two stores answer differently", _diff, ("store_a", "store_b")),
+    "export": Verb("write a store as a data set: JSON Lines, manifest, card", _export, ("--store", "--out")),
+    "explain": Verb("what a call would be served and why", _explain, ("call", "--store", "[--after]", *_SERVING)),
 }

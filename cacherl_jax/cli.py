@@ -93,36 +93,35 @@ def _run_stages(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-WIDE = 60  # characters of a cell
+WIDE = 60  # characters of a table's cell
 
 
 def _readable(value: Any, indent: str = "") -> str:
-    """A result as text: one line a field; objects indented, or as a table where they all have the same fields."""
-    if isinstance(value, list) and not any(isinstance(v, dict) for v in value):
-        return ", ".join(map(_cell, value)) or "none"
-    if isinstance(value, list):
-        return _table([dict(v) for v in value], indent)
+    """A result as text: one line a field; objects of the same kind, in a list or under names, as a table."""
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        return _table(value, indent)
     if not isinstance(value, dict):
         return _cell(value)
-    rows = list(value.values())
-    if len(rows) > 1 and all(isinstance(row, dict) and row and not _nested(row) for row in rows):
+    if len(value) > 1 and all(isinstance(row, dict) and row for row in value.values()):
         return _table([{"": name, **row} for name, row in value.items()], indent)
     lines = []
     for name, child in value.items():
-        text = _readable(child, indent + "  ")
-        nested = isinstance(child, dict) or _nested({name: child})
-        lines.append(f"{indent}{name}:\n{text}" if nested and child else f"{indent}{name}: {text}")
+        below = bool(child) and (isinstance(child, dict) or (isinstance(child, list) and isinstance(child[0], dict)))
+        lines.append(f"{indent}{name}:\n{_readable(child, indent + '  ')}" if below else f"{indent}{name}: {_cell(child)}")
     return "\n".join(lines)
 
 
-def _nested(row: dict[str, Any]) -> bool:
-    return any(isinstance(v, dict) or (isinstance(v, list) and any(isinstance(w, dict) for w in v)) for v in row.values())
-
-
 def _table(rows: list[dict[str, Any]], indent: str) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [columns, *([_cell(row.get(name, ""))[:WIDE] for name in columns] for row in rows)]
-    numeric = [all(isinstance(row.get(name, 0), int | float) for row in rows) for name in columns]
+    """A column a field; fields of an object inside get columns of their own."""
+    flat = []
+    for row in rows:
+        flat.append({})
+        for name, value in row.items():
+            inner = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            flat[-1].update(inner)
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    cells = [columns, *([_cell(row.get(name, ""))[:WIDE] for name in columns] for row in flat)]
+    numeric = [all(isinstance(row.get(name, 0), int | float) for row in flat) for name in columns]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
@@ -136,6 +135,8 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list) and not any(isinstance(v, dict | list) for v in value):
+        return ", ".join(map(_cell, value)) or "none"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else " ".join(str(value).splitlines())
 
 

@@ -5,19 +5,28 @@ import json
 import pytest
 
 from cacherl_jax import cli
+from cacherl_jax.types import Task, ToolCall
 
 SCHEMA = [
     {
         "service_name": "Weather_9",
         "slots": [{"name": "city", "description": "the city", "is_categorical": False, "possible_values": []}],
         "intents": [
-            {"name": "Ask", "description": "asks", "required_slots": ["city"], "optional_slots": {}, "is_transactional": False}
+            {
+                "name": name,
+                "description": name,
+                "required_slots": ["city"],
+                "optional_slots": {},
+                "is_transactional": name == "Warn",
+            }
+            for name in ("Ask", "Warn")
         ],
     }
 ]
 
 
 def dialogue(number, *turns):
+    """Calls of Ask, or of Warn for a result of True: (city, result)."""
     system = [
         {
             "speaker": "SYSTEM",
@@ -25,7 +34,7 @@ def dialogue(number, *turns):
             "frames": [
                 {
                     "service": "Weather_9",
-                    "service_call": {"method": "Ask", "parameters": {"city": city}},
+                    "service_call": {"method": "Warn" if weather is True else "Ask", "parameters": {"city": city}},
                     "service_results": [{"weather": weather}],
                 }
             ],
@@ -40,14 +49,18 @@ def dialogue(number, *turns):
     }
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    folder = tmp_path / "train"
+def write_corpus(folder, *dialogues):
     folder.mkdir()
     (folder / "schema.json").write_text(json.dumps(SCHEMA))
-    dialogues = [dialogue(0, ("Bern", "dry"), ("Rome", "wet"), ("Bern", "wet")), {"dialogue_id": "broken"}]
     (folder / "dialogues_001.json").write_text(json.dumps(dialogues))
     return folder
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(
+        tmp_path / "train", dialogue(0, ("Bern", "dry"), ("Rome", "wet"), ("Bern", "wet")), {"dialogue_id": "broken"}
+    )
 
 
 def cache(capsys, verb, corpus, *more):
@@ -82,3 +95,107 @@ def test_paths_that_hold_nothing_are_named(corpus, tmp_path, capsys):
     assert status == 1 and "absent.sqlite does not exist" in err
     status, _, err = cache(capsys, "import", tmp_path, "--store", tmp_path / "b.sqlite")
     assert status == 2 and "holds no schema.json" in err and not (tmp_path / "b.sqlite").exists()
+
+
+def run(capsys, *arguments):
+    """(exit status, the JSON object or None, what was said on standard error) of `cacherl cache ...`."""
+    status = cli.main(["cache", *map(str, arguments), "--json"])
+    captured = capsys.readouterr()
+    return status, json.loads(captured.out) if captured.out else None, captured.err
+
+
+@pytest.fixture
+def store(tmp_path, capsys):
+    """Ask of Bern and Rome, and of Bern after Warn of Bern; Warn of Bern."""
+    folder = write_corpus(
+        tmp_path / "state", dialogue(0, ("Bern", "dry"), ("Bern", True), ("Bern", "warned")), dialogue(1, ("Rome", "wet"))
+    )
+    path = tmp_path / "store.sqlite"
+    assert run(capsys, "import", "--source", "sgd", "--path", folder, "--store", path)[0] == 0
+    return path
+
+
+def test_coverage_says_before_training_which_tasks_cannot_be_finished(store, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
+    asked = write_corpus(
+        tmp_path / "dev",
+        dialogue(0, ("Bern", "dry"), ("Bern", True), ("Bern", "warned")),
+        dialogue(1, ("Bern", "dry"), ("Oslo", "wet")),
+        dialogue(2),
+    )
+    figure = tmp_path / "coverage.png"
+    options = ("coverage", "--store", store, "--set", "cache.best_effort=off")
+    status, found, _ = run(capsys, *options, "--source", "sgd", "--path", asked, "--figure", figure)
+    assert status == 0 and figure.read_bytes().startswith(b"\x89PNG")
+    assert found == {
+        "tasks": 2,
+        "calls": 5,
+        "exact": 0.8,
+        "fidelity": 0.8,
+        "unfinishable_tasks": 1,
+        "unfinishable": ["1_00001"],
+        "tiers": {"exact": 4, "miss": 1},
+        "by_depth": {"1": {"exact": 2, "miss": 0}, "2": {"exact": 1, "miss": 1}, "3": {"exact": 1, "miss": 0}},
+        "by_tool": {"Weather_9.Ask": {"exact": 3, "miss": 1}, "Weather_9.Warn": {"exact": 1, "miss": 0}},
+    }
+    tasks = tmp_path / "tasks.jsonl"
+    calls = (ToolCall.of("Weather_9.Ask", city="Oslo"), ToolCall.of("Weather_9.Ask", city="Rome"))
+    accepted = Task("t", "f", "train", ("Weather_9.Ask",), (), (calls, calls[1:]))
+    tasks.write_text(json.dumps(accepted.to_json()) + "\n")
+    status, found, _ = run(capsys, *options, "--tasks", tasks, "--set", "cache.on_miss=fail")
+    assert (found["tiers"], found["unfinishable"]) == ({"exact": 1, "miss": 1}, [])  # the second reference can be finished
+    assert run(capsys, *options)[0] == 2 and run(capsys, *options, "--tasks", tasks, "--source", "sgd")[0] == 2
+
+
+def test_explain_says_what_is_served_and_why(store, capsys):
+    ask, warn = 'Weather_9.Ask {"city": "Bern"}', 'Weather_9.Warn {"city": "Bern"}'
+    _, fresh, _ = run(capsys, "explain", ask, "--store", store)
+    assert (fresh["served"]["tier"], json.loads(fresh["served"]["result"])) == ("exact", [{"weather": "dry"}])
+    assert (fresh["call"], fresh["writes"], fresh["refused"]) == ('Weather_9.Ask {"city":"Bern"}', [], None)
+    _, warned, _ = run(capsys, "explain", ask, "--store", store, "--after", warn)
+    assert (json.loads(warned["served"]["result"]), warned["writes"]) == (
+        [{"weather": "warned"}],
+        ['Weather_9.Warn {"city":"Bern"}'],
+    )
+    assert warned["key"] != fresh["key"] and [row["tier"] for row in warned["tried"]] == ["exact"]
+
+    options = ("--store", store, "--set", "cache.best_effort=off", "--set", "cache.on_miss=fail")
+    _, missed, _ = run(capsys, "explain", 'Weather_9.Ask {"city": "Oslo"}', *options)
+    assert missed["served"]["tier"] == "miss" and [row["tier"] for row in missed["tried"]] == [
+        "exact",
+        "fuzzy",
+        "best_effort",
+        "miss",
+    ]
+    assert "below 0.5" in missed["tried"][1]["reason"] and "the episode ends" in missed["tried"][3]["reason"]
+    assert [(row["similarity"], row["same_writes"]) for row in missed["nearest"]] == [(0.0, True), (0.0, True), (0.0, False)]
+    _, refused, _ = run(capsys, "explain", "Weather_9.Ask", "--store", store)
+    assert "schema_violation" in refused["refused"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("explain", "Weather_9.Tell {}"), "the store has no tool 'Weather_9.Tell'; it has Weather_9.Ask, Weather_9.Warn"),
+        (("explain", "Weather_9.Ask {"), "is no call"),
+        (("explain", "Weather_9.Ask {}", "--set", "cache.key=raw"), "the keys of store"),
+        (("explain", "Weather_9.Ask {}", "--set", "cache.on_miss=live"), "no stage of a run may reach a live tool"),
+        (("explain", "Weather_9.Ask {}", "--set", "cache.best_effort=simulator"), "cache.simulator.base_url is empty"),
+        (("coverage", "--source", "sdg", "--path", "x"), "--source 'sdg' is none of sgd, "),
+        (("import", "--source", "dataset", "--path", "x", "--key", "raw"), "keyed and labelled already"),
+    ],
+)
+def test_wrong_usage_is_named(store, capsys, arguments, message):
+    before = store.read_bytes()
+    status, out, err = run(capsys, *arguments, "--store", store)
+    assert (status, out) == (2, None) and message in err
+    assert store.read_bytes() == before
+
+
+def test_tables_have_a_column_a_field(store, capsys):
+    assert cli.main(["cache", "explain", 'Weather_9.Ask {"city": "Rome"}', "--store", str(store)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  tier: exact" in lines and "writes: none" in lines
+    table = lines[lines.index("nearest:") + 1 :]
+    assert table[0].split()[:3] == ["similarity", "arguments", "result"] and table[1].split()[:2] == ["1", '{"city":"Rome"}']
+    assert len({line.index("{") for line in table[1:]}) == 1

@@ -22,12 +22,12 @@ def explain(store: Store, cache: CachedTools, call: ToolCall, earlier: Sequence[
 
     call: its canonical text; key; writes: the earlier ones that the key holds. refused: the error with which the agent loop
     answers before the cache is asked, else None. served: the answer with its provenance. tried: every tier up to the one
-    that served, with the reason. nearest: the most similar stored calls, those withheld by a policy included. `draw` seeds
+    that served, with the reason. nearest: the most similar stored calls that may answer others. `draw` seeds
     the choice among several results of the key; `cache` reads `store`. Nothing live is called.
     """
     config, spec = cache.config, cache.specs.get(call.name)
     arguments, writes = stored_form(call, spec, config.key, earlier)
-    key = call_key(call, spec, config.key, earlier)
+    key, gate = call_key(call, spec, config.key, earlier), config.fuzzy_gate
     served = cache.answer(call, earlier, draw)
     refused = check_call(cache.specs, call)
     return {
@@ -41,13 +41,12 @@ def explain(store: Store, cache: CachedTools, call: ToolCall, earlier: Sequence[
             {
                 "similarity": score,
                 "arguments": entry.arguments,
-                "same_writes": entry.writes == writes,
-                "passes_gate": gate_values(entry.arguments, spec, config.fuzzy_gate)
-                == gate_values(arguments, spec, config.fuzzy_gate),
+                "result": entry.result.content[:SHOWN],
+                "error": entry.result.error,
                 "count": entry.count,
                 "kind": entry.kind.value,
-                "error": entry.result.error,
-                "result": entry.result.content[:SHOWN],
+                "same_writes": entry.writes == writes,
+                "passes_gate": gate_values(entry.arguments, spec, gate) == gate_values(arguments, spec, gate),
                 "entry": entry.hash,
             }
             for entry, score in cache.ranked(call, earlier, NEAREST)
