@@ -67,6 +67,8 @@ def test_a_value_seen_in_too_few_calls_is_unknown():
 def test_an_argument_that_never_varied_is_not_taken_for_a_constant_of_the_tool():
     steps = [({"unit": "C", "page": i}, {"unit": "C", "scale": "C", "size": 10, "page": i}) for i in range(3)]
     assert shaped(store_of(*steps), unit="F", page=9) == {"unit": "F", "scale": "unknown", "size": 10, "page": 9}
+    both = [({"city": c, "filter": c}, {"city": c, "place": c}) for c in ("Oslo", "Rome", "Bern")]
+    assert shaped(store_of(*both), city="Kyiv", filter="Lviv") == {"city": "Kyiv", "place": "unknown"}
     assert shaped(store_of(*steps), unit="C") == {"unit": "C", "scale": "C", "size": 10, "page": "unknown"}
 
 

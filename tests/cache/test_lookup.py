@@ -218,6 +218,9 @@ def test_on_a_miss_the_live_tool_answers_after_the_writes_that_the_cache_answere
     assert session.execute(cancel).tier is Tier.EXACT and live_call_count() == before + 1
     assert json.loads(session.execute(read).result.content)["status"] == "cancelled"
     assert live_call_count() == before + 3  # the write, made up for, and the read
+    unrecorded = cached(specs=specs, best_effort="off", on_miss="live", live=live).start(TASK, 0)
+    assert [unrecorded.execute(call).tier for call in (cancel, read)] == [Tier.LIVE, Tier.LIVE]
+    assert live_call_count() == before + 5  # a write that went live is not repeated
     with forbid_live(), pytest.raises(LiveToolError, match="get_order"):
         cache.start(TASK, 0).execute(read)
 
