@@ -16,7 +16,7 @@ Nothing is adapted from errors and empty results unless the store's policy serve
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +25,7 @@ from cacherl_jax.cache.results import as_text, is_negative, leaves, meaning, par
 from cacherl_jax.cache.store import Entry
 from cacherl_jax.types import Kind, ToolResult, ToolSpec
 
+AGREEMENT = 0.75  # share of the sources that must say the same
 MAX_SOURCES = 8  # stored calls asked for one answer
 
 Arguments = Mapping[str, str]  # name -> value as text; absent names and defaults are left out
@@ -130,8 +131,9 @@ class Adapter:
         asked = given_arguments(arguments, self._specs.get(tool)) if rules else None
         if asked is None:
             return None
-        found: Adapted | None = None
-        agreeing: dict[str, int] = {}  # by entry: rules may lead to one from several sides
+        said: Counter[str] = Counter()
+        first: dict[str, Adapted] = {}
+        seen: set[tuple[str, str]] = set()  # several rules may lead from one entry to one answer
         for rule in rules:
             sources = self._groups.get((tool, rule.names), {}).get(rest(asked, writes, rule.names), ())
             for source in candidates(sources, asked, rule.names, [rule.kinds])[rule.kinds]:
@@ -140,12 +142,21 @@ class Adapter:
                     continue
                 content = source.entry.result.content if value is source.value else as_content(value)
                 result = ToolResult(content, source.entry.result.error)
-                if found is None:
-                    found = Adapted(result, source.entry, rule, 0)
-                elif meaning(result) != meaning(found.result):
-                    return None
-                agreeing[source.entry.hash] = source.entry.count
-        return found and replace(found, agreeing=sum(agreeing.values()))
+                what = meaning(result)
+                if (source.entry.hash, what) not in seen:
+                    seen.add((source.entry.hash, what))
+                    said[what] += 1
+                    first.setdefault(what, Adapted(result, source.entry, rule, 0))
+        what = agreed(said)
+        return None if what is None else replace(first[what], agreeing=said[what])
+
+
+def agreed(said: Counter[str]) -> str | None:
+    """The answer of at least AGREEMENT of the sources; None where there is none."""
+    if not said:
+        return None
+    (what, n), *_ = said.most_common(1)
+    return what if n >= AGREEMENT * said.total() else None
 
 
 def as_content(value: Any) -> str:

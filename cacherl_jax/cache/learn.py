@@ -13,12 +13,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cacherl_jax.cache.adapt import (
+    AGREEMENT,
     POSSIBLE,
     Arguments,
     Change,
@@ -26,6 +27,7 @@ from cacherl_jax.cache.adapt import (
     Rule,
     Source,
     adapt,
+    agreed,
     as_content,
     candidates,
     given_arguments,
@@ -193,14 +195,13 @@ def _votes(
     return votes
 
 
-def _agreed(sources: Iterable[Source], asked: Arguments, changes: tuple[Change, ...], longest: int) -> str | None:
-    """What all sources say that can be adapted; None where none can, or two disagree."""
-    agreed = None
+def _agreed(sources: Sequence[Source], asked: Arguments, changes: tuple[Change, ...], longest: int) -> str | None:
+    """What the sources say with enough agreement; None where none can be adapted, or they disagree."""
+    said: Counter[str] = Counter()
     for source in sources:
         value = adapt(source, asked, changes, longest)
         if value is not None:
-            said = source.said if value is source.value else meaning(ToolResult(as_content(value)))
-            if agreed is not None and said != agreed:
-                return None
-            agreed = said
-    return agreed
+            said[source.said if value is source.value else meaning(ToolResult(as_content(value)))] += 1
+            if said.total() - max(said.values()) > (1 - AGREEMENT) * len(sources):
+                return None  # whatever the others say
+    return agreed(said)
