@@ -75,12 +75,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Adapted:
-    """An answer: the result, the stored entry it was made from, the rule, and how many recordings lead to it."""
+    """An answer: the result, the stored entry it was made from, the rule, and how many stored results lead to
+    it and to others."""
 
     result: ToolResult
     entry: Entry
     rule: Rule
     agreeing: int
+    conflicting: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,7 @@ class Source:
     value: Any
     fields: Mapping[str, Sequence[str]]
     said: str
+    error: str | None
     order: str
     rank: int = 0
     entry: Entry | None = None
@@ -117,8 +120,9 @@ class Adapter:
             self._longest[entry.tool] = max(self._longest[entry.tool], length(value))
             arguments = given_arguments(entry.arguments, specs.get(entry.tool))
             if arguments is not None and (negatives or not is_negative(entry.result)):
-                said, fields = meaning(entry.result), texts_by_field(value)
-                sources[entry.tool].append(Source(arguments, entry.writes, value, fields, said, entry.hash, entry=entry))
+                said, fields, error = meaning(entry.result), texts_by_field(value), entry.result.error
+                source = Source(arguments, entry.writes, value, fields, said, error, entry.hash, entry=entry)
+                sources[entry.tool].append(source)
         self._groups: dict[tuple[str, tuple[str, ...]], dict[tuple, list[Source]]] = {}
         for tool, of_tool in sources.items():
             of_tool.sort(key=lambda s: s.order)
@@ -146,9 +150,9 @@ class Adapter:
                 if (source.entry.hash, what) not in seen:
                     seen.add((source.entry.hash, what))
                     said[what] += 1
-                    first.setdefault(what, Adapted(result, source.entry, rule, 0))
+                    first.setdefault(what, Adapted(result, source.entry, rule, 0, 0))
         what = agreed(said)
-        return None if what is None else replace(first[what], agreeing=said[what])
+        return None if what is None else replace(first[what], agreeing=said[what], conflicting=said.total() - said[what])
 
 
 def agreed(said: Counter[str]) -> str | None:

@@ -22,7 +22,7 @@ FITTED = (Tier.EXACT, Tier.ADAPTED, Tier.FUZZY, Tier.BEST_EFFORT)
 MIN_ANSWERS = 20  # of a tier, below which the table stands in for it
 FEATURES = 7
 MAIN_VARIANCE = 4.0  # of the prior of effects that are no tool's: weak, it keeps a tier without failures finite
-ROUNDS = 12
+ROUNDS = 8
 LIMIT = 1e-3  # no answer of a fitted tier is certain
 
 
@@ -163,7 +163,7 @@ def _newton(x_NP: np.ndarray, y_N: np.ndarray, precision_P: np.ndarray, beta_P: 
         while size > 1e-4 and loss(beta_P - size * step_P) > before:
             size /= 2
         beta_P = beta_P - size * step_P
-        if np.max(np.abs(step_P)) < 1e-6:
+        if np.max(np.abs(step_P)) < 1e-5:
             break
     return beta_P, np.linalg.inv(hessian_PP)
 

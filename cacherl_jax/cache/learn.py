@@ -28,7 +28,6 @@ from cacherl_jax.cache.adapt import (
     Source,
     adapt,
     agreed,
-    as_content,
     candidates,
     given_arguments,
     grouped,
@@ -36,7 +35,7 @@ from cacherl_jax.cache.adapt import (
     rest,
     texts_by_field,
 )
-from cacherl_jax.cache.results import is_negative, meaning, parsed
+from cacherl_jax.cache.results import is_negative, meaning_of, parsed
 from cacherl_jax.cache.store import Recording
 from cacherl_jax.types import Kind, ToolResult, ToolSpec
 
@@ -44,8 +43,9 @@ PRECISION = 0.9  # what a rule's precision is tested against
 FDR = 0.1  # share of certified rules that may fall short of it
 PROPOSING = 1 / 3  # share of dialogues that propose
 MIN_PROPOSING = 3  # votes of a proposed rule
-MAX_PROPOSING = 150  # dialogues asked for one set of arguments while proposing
-HOPELESS_AFTER = 8  # votes, mostly wrong, after which a rule is no longer tried while proposing
+MAX_PROPOSING = 100  # dialogues asked for one set of arguments while proposing
+HOPELESS_AFTER = 8  # votes, most of them wrong, after which a rule is no longer tried while proposing
+IDLE_AFTER = 24  # tries with hardly a right answer, likewise
 MAX_NAMES = 16  # a tool with more argument names is tested on single differences alone
 
 
@@ -141,7 +141,11 @@ def _of_tool(
     longest = 0
     for r in sorted(recordings, key=lambda r: (ranks[r.episode], r.key)):
         if r.result not in known:
-            known[r.result] = (parsed(r.result.content), meaning(r.result), is_negative(r.result))
+            known[r.result] = (
+                parsed(r.result.content),
+                meaning_of(parsed(r.result.content), r.result.error),
+                is_negative(r.result),
+            )
         value, said, negative = known[r.result]
         longest = max(longest, length(value))
         arguments, rank = given_arguments(r.arguments, spec), ranks[r.episode]
@@ -150,7 +154,8 @@ def _of_tool(
         targets.append(Target(arguments, r.writes, said, rank))
         if (negatives or not negative) and (r.key, said) not in sources:
             order = _hash(f"{r.key.hex()} {said}").hex()
-            sources[r.key, said] = Source(arguments, r.writes, value, texts_by_field(value), said, order, rank)
+            fields = texts_by_field(value)
+            sources[r.key, said] = Source(arguments, r.writes, value, fields, said, r.result.error, order, rank)
     return targets, sorted(sources.values(), key=lambda s: s.order), longest
 
 
@@ -169,6 +174,7 @@ def _votes(
     by_kinds: dict[Kinds, list[tuple[Change, ...]]] = defaultdict(list)
     for changes in sorted(rules):
         by_kinds[tuple(kind for _, kind, _ in changes)].append(changes)
+    tries: Counter[tuple[Change, ...]] = Counter()
     dialogues: set[int] = set()
     for target in targets:
         if (target.rank >= first_certifying) != certify or (len(dialogues) >= MAX_PROPOSING and not certify):
@@ -180,13 +186,15 @@ def _votes(
         sources = (s for s in group if s.rank < limit and s.rank != target.rank)
         for kinds, chosen in candidates(sources, target.arguments, names, by_kinds).items():
             for changes in by_kinds[kinds] if chosen else ():
+                tries[changes] += 1
                 said = _agreed(chosen, target.arguments, changes, longest)
-                if said is None:
-                    continue
-                dialogues.add(target.rank)
                 of_rule = votes[changes]
-                of_rule[target.rank] = of_rule.get(target.rank, True) and said == target.said
-                if not certify and len(of_rule) >= HOPELESS_AFTER and sum(of_rule.values()) < 0.5 * len(of_rule):
+                if said is not None:
+                    dialogues.add(target.rank)
+                    of_rule[target.rank] = of_rule.get(target.rank, True) and said == target.said
+                right = sum(of_rule.values())
+                hopeless = len(of_rule) >= HOPELESS_AFTER and right < 0.5 * len(of_rule)
+                if not certify and (hopeless or (tries[changes] >= IDLE_AFTER and right < 0.1 * tries[changes])):
                     by_kinds[kinds] = [c for c in by_kinds[kinds] if c != changes]
         if not certify:
             by_kinds = {kinds: left for kinds, left in by_kinds.items() if left}
@@ -201,7 +209,7 @@ def _agreed(sources: Sequence[Source], asked: Arguments, changes: tuple[Change, 
     for source in sources:
         value = adapt(source, asked, changes, longest)
         if value is not None:
-            said[source.said if value is source.value else meaning(ToolResult(as_content(value)))] += 1
+            said[source.said if value is source.value else meaning_of(value, source.error)] += 1
             if said.total() - max(said.values()) > (1 - AGREEMENT) * len(sources):
                 return None  # whatever the others say
     return agreed(said)

@@ -1,4 +1,4 @@
-"""The cache as a provider of tools: exact, then fuzzy, then best effort, then an honest miss. And its counterpart, recording.
+"""The cache as a provider of tools: exact, adapted, fuzzy, best effort, then an honest miss. And its counterpart, recording.
 
 Every answer says how it was found, how near the stored call was, which entry it is, and how far it can be trusted.
 """
@@ -6,9 +6,11 @@ Every answer says how it was found, how near the stored call was, which entry it
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 
-from cacherl_jax.cache import tiers
+from cacherl_jax.cache import fidelity, tiers
+from cacherl_jax.cache.adapt import Adapter, Rule
 from cacherl_jax.cache.best_effort import Shape, Simulator, SimulatorError, fill, learn_shape
 from cacherl_jax.cache.gate import gate_values
 from cacherl_jax.cache.key import KeyMode, Write, call_key, canonical_arguments, canonical_call, raw_call, relevant_writes
@@ -64,6 +66,7 @@ class CachedTools:
                 self._by_tool.setdefault(entry.tool, []).append(entry)
         for entries in self._by_key.values():
             entries.sort(key=lambda e: e.hash)
+        self._adapter, self._fidelity = _fitted(store, specs, config)
         self._indices: dict[str, dict[str, tiers.ToolIndex]] = {}  # tool -> values that must agree -> index
         self._shapes: dict[str, Shape | None] = {}
         self._nearest: dict[tuple[str, str, str, str], tuple[Entry | None, float]] = {}
@@ -76,12 +79,20 @@ class CachedTools:
 
         A miss comes back as a typed error, whatever the policy `fail` or `live` makes of it: that is the session's affair.
         """
+        return self.answer_with_evidence(call, earlier, draw)[0]
+
+    def answer_with_evidence(
+        self, call: ToolCall, earlier: Sequence[Write], draw: str
+    ) -> tuple[Observation, fidelity.Evidence | None]:
+        """The answer, and what its fidelity rests on; None for an answer that comes from no stored result."""
         config, spec = self.config, self.specs.get(call.name)
         if stored := self._by_key.get(call_key(call, spec, config.key, earlier)):
-            return _observed(call, _drawn(stored, draw), Tier.EXACT, 1.0, config.fidelity_exact)
+            return self._observed(call, _drawn(stored, draw), Tier.EXACT, 1.0)
+        if (adapted := self._adapted(call, spec, earlier)) is not None:
+            return adapted
         entry, score = self.nearest(call, earlier, gated=True)
         if entry is not None and score >= config.fuzzy_threshold:
-            return _observed(call, entry, Tier.FUZZY, score, config.fidelity_fuzzy)
+            return self._observed(call, entry, Tier.FUZZY, score)
         served, problem = self._best_effort(call, earlier)
         if served is None and config.on_miss == "nearest":
             served = self._nearest_of_tool(call, earlier)
@@ -89,7 +100,32 @@ class CachedTools:
             return served
         missed = error_result("cache_miss", f"no recorded result for {call.name}{problem}")
         _, score = self.nearest(call, earlier, gated=False)
-        return Observation(call, missed, Tier.MISS, Kind.SIMULATED, score=score, fidelity=config.fidelity_miss)
+        return Observation(call, missed, Tier.MISS, Kind.SIMULATED, score=score, fidelity=config.fidelity_miss), None
+
+    def _adapted(
+        self, call: ToolCall, spec: ToolSpec | None, earlier: Sequence[Write]
+    ) -> tuple[Observation, fidelity.Evidence] | None:
+        """A stored result for other arguments, where a certified rule makes it this call's; None where none does."""
+        if self._adapter is None:
+            return None
+        arguments, writes = stored_form(call, spec, self.config.key, earlier)
+        found = self._adapter.answer(call.name, arguments, writes)
+        if found is None:
+            return None
+        score = tiers.similarity(tiers.tokens(arguments), tiers.tokens(found.entry.arguments), self.config.similarity == "soft")
+        evidence = fidelity.Evidence(
+            call.name, Tier.ADAPTED, score, found.agreeing, found.conflicting, _writes(spec), found.rule.precision
+        )
+        trust = fidelity.estimate(self._fidelity, self.config, evidence, found.entry.kind)
+        made = Observation(call, found.result, Tier.ADAPTED, found.entry.kind, score, found.entry.hash, trust, found.entry.age)
+        return made, evidence
+
+    def _observed(self, call: ToolCall, entry: Entry, tier: Tier, score: float) -> tuple[Observation, fidelity.Evidence]:
+        others = sum(e.count for e in self._by_key.get(entry.key, ()) if e.kind is not Kind.SIMULATED and e.result != entry.result)
+        agreeing = entry.count if entry.kind is not Kind.SIMULATED else 0
+        evidence = fidelity.Evidence(call.name, tier, score, agreeing, others, _writes(self.specs.get(call.name)))
+        trust = fidelity.estimate(self._fidelity, self.config, evidence, entry.kind)
+        return Observation(call, entry.result, tier, entry.kind, score, entry.hash, trust, entry.age), evidence
 
     def nearest(self, call: ToolCall, earlier: Sequence[Write], *, gated: bool) -> tuple[Entry | None, float]:
         """The most similar servable entry of the tool and its similarity; `gated`: among those that pass the gate."""
@@ -120,11 +156,13 @@ class CachedTools:
         scored.sort(key=lambda pair: (-pair[1], pair[0].writes != writes, -pair[0].count, pair[0].hash))
         return scored[:count]
 
-    def _nearest_of_tool(self, call: ToolCall, earlier: Sequence[Write]) -> Observation | None:
+    def _nearest_of_tool(self, call: ToolCall, earlier: Sequence[Write]) -> tuple[Observation, fidelity.Evidence] | None:
         entry, score = self.nearest(call, earlier, gated=False)
-        return _observed(call, entry, Tier.BEST_EFFORT, score, self.config.fidelity_best_effort) if entry else None
+        return self._observed(call, entry, Tier.BEST_EFFORT, score) if entry else None
 
-    def _best_effort(self, call: ToolCall, earlier: Sequence[Write]) -> tuple[Observation | None, str]:
+    def _best_effort(
+        self, call: ToolCall, earlier: Sequence[Write]
+    ) -> tuple[tuple[Observation, fidelity.Evidence | None] | None, str]:
         """The last tier's answer, or None and what went wrong ("" for nothing)."""
         config, spec = self.config, self.specs.get(call.name)
         if config.best_effort == "nearest":
@@ -147,7 +185,7 @@ class CachedTools:
         if result is None:
             return None, ""
         made = Observation(call, result, Tier.BEST_EFFORT, Kind.SIMULATED, 0.0, entry, config.fidelity_best_effort)
-        return made, ""
+        return (made, None), ""
 
 
 class CacheSession:
@@ -185,8 +223,20 @@ class CacheSession:
         return self._live.execute(call)
 
 
-def _observed(call: ToolCall, entry: Entry, tier: Tier, score: float, fidelity: float) -> Observation:
-    return Observation(call, entry.result, tier, entry.kind, score, entry.hash, fidelity, entry.age)
+def _fitted(store: Store, specs: Mapping[str, ToolSpec], config: CacheConfig) -> tuple[Adapter | None, fidelity.Fidelity | None]:
+    """What was fitted on the store, from its metadata; None for what was not, or is not wanted."""
+    known = store.metadata()
+    adapter = model = None
+    if config.adapted and "rules" in known:
+        rules = [Rule.from_json(row) for row in json.loads(known["rules"])]
+        adapter = Adapter(rules, store.entries(), specs, negatives=config.errors == "all") if rules else None
+    if config.fidelity == "fitted" and "fidelity" in known:
+        model = fidelity.Fidelity.from_json(json.loads(known["fidelity"]))
+    return adapter, model
+
+
+def _writes(spec: ToolSpec | None) -> bool:
+    return spec is not None and bool(spec.effects.writes)
 
 
 def _drawn(entries: list[Entry], draw: str) -> Entry:

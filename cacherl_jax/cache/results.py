@@ -16,20 +16,40 @@ from cacherl_jax.types import ToolResult
 Fact = tuple[str, str]  # field name, value as text
 
 
+MAX_DEPTH = 100  # of a content that is read as JSON; deeper ones are compared as text
+
+
 def parsed(content: str) -> Any:
-    """The content as JSON; text that is none stands for itself."""
+    """The content as JSON; text that is none, or is nested too deeply, stands for itself."""
     try:
-        return json.loads(content)
+        value = json.loads(content)
     except (ValueError, RecursionError):
         return content
+    deep = content.count("[") + content.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH
+    return content if deep else value
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    return depth
 
 
 def meaning(result: ToolResult) -> str:
     """One text for all results that say the same."""
-    try:
-        return f"{result.error or ''}\n{_ordered(parsed(result.content))}"
-    except RecursionError:
-        return f"{result.error or ''}\n{result.content}"
+    return meaning_of(parsed(result.content), result.error)
+
+
+def meaning_of(value: Any, error: str | None = None) -> str:
+    """`meaning` of a parsed content."""
+    return f"{error or ''}\n{_ordered(value)}"
 
 
 def is_negative(result: ToolResult) -> bool:
