@@ -171,12 +171,14 @@ def _newton(x_NP: np.ndarray, y_N: np.ndarray, precision_P: np.ndarray, beta_P: 
 # ---- how good the estimates are --------------------------------------------------------------------------------------
 
 
-def brier(predicted: Sequence[float], right: Sequence[bool]) -> float:
+def brier(predicted: Sequence[float] | np.ndarray, right: Sequence[bool] | np.ndarray) -> float:
     """Mean squared error of probabilities."""
     return float(np.mean((np.asarray(predicted, np.float64) - np.asarray(right, np.float64)) ** 2))
 
 
-def bins(predicted: Sequence[float], right: Sequence[bool], count: int = 10) -> list[tuple[float, float, int]]:
+def bins(
+    predicted: Sequence[float] | np.ndarray, right: Sequence[bool] | np.ndarray, count: int = 10
+) -> list[tuple[float, float, int]]:
     """(mean predicted, share right, size) of `count` bins of equal mass, from the least to the most trusted."""
     order = np.argsort(np.asarray(predicted, np.float64), kind="stable")
     parts = [part for part in np.array_split(order, count) if len(part)]
@@ -184,9 +186,10 @@ def bins(predicted: Sequence[float], right: Sequence[bool], count: int = 10) -> 
     return [(float(p[part].mean()), float(y[part].mean()), len(part)) for part in parts]
 
 
-def slope(binned: Sequence[tuple[float, float, int]]) -> float:
-    """Least-squares slope of the share right on the mean predicted, weighted by size; 1 for a calibrated estimate."""
+def slope(binned: Sequence[tuple[float, float, int]]) -> float | None:
+    """Least-squares slope of the share right on the mean predicted, weighted by size; 1 for a calibrated estimate. None
+    where all predictions are equal."""
     x, y, n = (np.array(column, np.float64) for column in zip(*binned, strict=True))
     x_mean, y_mean = np.average(x, weights=n), np.average(y, weights=n)
     spread = float(np.sum(n * (x - x_mean) ** 2))
-    return float(np.sum(n * (x - x_mean) * (y - y_mean)) / spread) if spread > 0 else float("nan")
+    return float(np.sum(n * (x - x_mean) * (y - y_mean)) / spread) if spread > 0 else None

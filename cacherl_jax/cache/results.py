@@ -81,13 +81,6 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-def f1(served: Counter[Fact], true: Counter[Fact]) -> float:
-    """F1 of the served facts against the true ones, in [0, 1]; 1 where neither has any."""
-    if not served and not true:
-        return 1.0
-    return 2.0 * (served & true).total() / (served.total() + true.total())
-
-
 def _ordered(value: Any) -> str:
     if isinstance(value, str):
         return repr(value)
