@@ -181,13 +181,14 @@ def _lookup(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _coverage(args: argparse.Namespace) -> dict[str, Any]:
-    from cacherl_jax.evaluate.coverage import coverage, draw_coverage
+    from cacherl_jax.evaluate import cache_figures
+    from cacherl_jax.evaluate.coverage import coverage
 
     tasks = _tasks(args)
     with _open(args.store) as store:
         found = coverage(tasks, _cached(args, store))
     if args.figure:
-        draw_coverage(found, args.figure)
+        cache_figures.draw_coverage(found, args.figure)
     summary = found.to_json()
     return {
         **{name: summary[name] for name in ("tasks", "calls", "exact", "fidelity", "unfinishable_tasks")},
@@ -250,6 +251,34 @@ def _fit(args: argparse.Namespace) -> dict[str, Any]:
         "snapshot": snapshot,
         "answers": fitted.answers,
         "rules": [{"tool": r.tool, "rule": str(r), "right": r.right, "votes": r.votes, "p": r.p} for r in fitted.rules],
+    }
+
+
+def _audit(args: argparse.Namespace) -> dict[str, Any]:
+    from cacherl_jax.cache.audit import audit
+    from cacherl_jax.cache.lookup import recordings
+    from cacherl_jax.evaluate import cache_figures
+
+    corpus = _corpus(args)
+    with _open(args.store) as store:
+        specs, config = _policies(args, store)
+        known = corpus.specs | specs
+        held = [r for transcript in corpus.transcripts() for r in recordings(transcript, known, config.key)]
+        found = audit(store, held, known, config)
+    if args.figure:
+        cache_figures.draw_audit(found, args.figure)
+    fitted = found["fidelity"]
+    return {
+        **{name: found[name] for name in ("calls", "dialogues", "dialogues_in_store")},
+        "tiers": [{"tier": tier, "of": of} | row for tier, rows in found["tiers"].items() for of, row in rows.items()],
+        "tools": [{"tool": tool, "tier": tier} | row for tool, rows in found["tools"].items() for tier, row in rows.items()],
+        "fidelity": fitted
+        and fitted | {"bins": [dict(zip(("stated", "right", "answers"), b, strict=True)) for b in fitted["bins"]]},
+        "swaps": [
+            {"swapped": kind, "asked": row["asked"], "tier": tier} | counts
+            for kind, row in found["swaps"].items()
+            for tier, counts in row["tiers"].items()
+        ],
     }
 
 
@@ -322,6 +351,11 @@ VERBS: dict[str, Verb] = {
         ("--store", "[--level]"),
     ),
     "fit": Verb("learn rules of the adapted tier and the fidelity of answers into the store", _fit, ("--store", *_SERVING)),
+    "audit": Verb(
+        "how often a store answers right: the calls of other dialogues against their recordings, and planted swaps",
+        _audit,
+        (*_CORPUS, *_SERVING, "[--figure]"),
+    ),
     "stats": Verb("what a store holds, in numbers", _stats, ("--store",)),
     "conflicts": Verb("keys with several results, those seen most often first", _conflicts, ("--store",)),
     "quarantine": Verb(

@@ -161,13 +161,9 @@ def test_explain_says_what_is_served_and_why(store, capsys):
 
     options = ("--store", store, "--set", "cache.best_effort=off", "--set", "cache.on_miss=fail")
     _, missed, _ = run(capsys, "explain", 'Weather_9.Ask {"city": "Oslo"}', *options)
-    assert missed["served"]["tier"] == "miss" and [row["tier"] for row in missed["tried"]] == [
-        "exact",
-        "fuzzy",
-        "best_effort",
-        "miss",
-    ]
-    assert "below 0.5" in missed["tried"][1]["reason"] and "the episode ends" in missed["tried"][3]["reason"]
+    assert missed["served"]["tier"] == "miss"
+    assert [row["tier"] for row in missed["tried"]] == ["exact", "adapted", "fuzzy", "best_effort", "miss"]
+    assert "below 0.5" in missed["tried"][2]["reason"] and "the episode ends" in missed["tried"][4]["reason"]
     assert [(row["similarity"], row["same_writes"]) for row in missed["nearest"]] == [(0.0, True), (0.0, True), (0.0, False)]
     _, refused, _ = run(capsys, "explain", "Weather_9.Ask", "--store", store)
     assert "schema_violation" in refused["refused"]
@@ -259,3 +255,35 @@ def test_inferred_effects_decide_the_keys_of_an_import(store, tmp_path, capsys):
     labels.write_text("{}")
     status, _, err = run(capsys, "import", *corpus[:-1], tmp_path / "none.sqlite", "--effects", labels)
     assert status == 2 and "no report of" in err and not (tmp_path / "none.sqlite").exists()
+
+
+def test_what_is_fitted_serves_is_audited_and_explained(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
+
+    def towns(folder, numbers):
+        """The tool repeats the town that it is asked about."""
+        return write_corpus(tmp_path / folder, *(dialogue(n, (f"Town {n}", f"Town {n}")) for n in numbers))
+
+    store, figure = tmp_path / "towns.sqlite", tmp_path / "audit.png"
+    run(capsys, "import", "--source", "sgd", "--path", towns("train", range(120)), "--store", store)
+    asked = ("explain", 'Weather_9.Ask {"city": "Utopia"}', "--store", store)
+    _, before, _ = run(capsys, *asked)
+    assert before["served"]["tier"] == "best_effort" and before["tried"][1]["reason"] == "no rules were fitted on this store"
+
+    _, fitted, _ = run(capsys, "fit", "--store", store)
+    (rule,) = fitted["rules"]
+    assert (rule["tool"], rule["rule"]) == ("Weather_9.Ask", "city change: echo") and rule["right"] == rule["votes"] > 50
+    assert fitted["snapshot"] == run(capsys, "quarantine", "--store", store)[1]["snapshot"]  # the id covers what was fitted
+    _, after, _ = run(capsys, *asked)
+    assert (after["served"]["tier"], json.loads(after["served"]["result"])) == ("adapted", [{"weather": "Utopia"}])
+    assert after["served"]["fidelity"] > 0.9 and [row["tier"] for row in after["tried"]] == ["exact", "adapted"]
+    assert (after["rules"][0]["rule"], after["rules"][0]["from"]) == ("city change: echo", 8)
+    _, off, _ = run(capsys, *asked, "--set", "cache.adapted=false")
+    assert off["served"]["tier"] == "best_effort" and off["tried"][1]["reason"] == "off (cache.adapted=false)"
+
+    held = ("--source", "sgd", "--path", towns("dev", range(110, 130)), "--figure", figure)
+    status, audited, _ = run(capsys, "audit", "--store", store, *held)
+    assert status == 0 and figure.read_bytes().startswith(b"\x89PNG")
+    assert (audited["calls"], audited["dialogues"], audited["dialogues_in_store"]) == (20, 20, 10)
+    served = {(row["tier"], row["of"]): (row["served"], row["right"]) for row in audited["tiers"] if row["served"]}
+    assert served == {(tier, of): (10, 10) for tier in ("exact", "adapted") for of in ("all", "reads")}

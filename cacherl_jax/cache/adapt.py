@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +57,9 @@ class Rule:
     def precision(self) -> float:
         """Expected under a uniform prior."""
         return (self.right + 1) / (self.votes + 2)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name} {kind}: {action}" for name, kind, action in self.changes)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -129,14 +132,15 @@ class Adapter:
             for rule in self._rules[tool]:
                 self._groups[tool, rule.names] = grouped(of_tool, rule.names)
 
-    def answer(self, tool: str, arguments: str, writes: str) -> Adapted | None:
-        """The adapted answer to a call in its stored form; None to abstain."""
-        rules = self._rules.get(tool, ())
+    def rules(self, tool: str) -> Sequence[Rule]:
+        return self._rules.get(tool, ())
+
+    def answers(self, tool: str, arguments: str, writes: str) -> Iterator[Adapted]:
+        """Where the rules lead to a call in its stored form, each entry and answer once."""
+        rules = self.rules(tool)
         asked = given_arguments(arguments, self._specs.get(tool)) if rules else None
         if asked is None:
-            return None
-        said: Counter[str] = Counter()
-        first: dict[str, Adapted] = {}
+            return
         seen: set[tuple[str, str]] = set()  # several rules may lead from one entry to one answer
         for rule in rules:
             sources = self._groups.get((tool, rule.names), {}).get(rest(asked, writes, rule.names), ())
@@ -146,11 +150,18 @@ class Adapter:
                     continue
                 content = source.entry.result.content if value is source.value else as_content(value)
                 result = ToolResult(content, source.entry.result.error)
-                what = meaning(result)
-                if (source.entry.hash, what) not in seen:
-                    seen.add((source.entry.hash, what))
-                    said[what] += 1
-                    first.setdefault(what, Adapted(result, source.entry, rule, 0, 0))
+                if (source.entry.hash, meaning(result)) not in seen:
+                    seen.add((source.entry.hash, meaning(result)))
+                    yield Adapted(result, source.entry, rule, 1, 0)
+
+    def answer(self, tool: str, arguments: str, writes: str) -> Adapted | None:
+        """The adapted answer to a call in its stored form; None to abstain."""
+        said: Counter[str] = Counter()
+        first: dict[str, Adapted] = {}
+        for found in self.answers(tool, arguments, writes):
+            what = meaning(found.result)
+            said[what] += 1
+            first.setdefault(what, found)
         what = agreed(said)
         return None if what is None else replace(first[what], agreeing=said[what], conflicting=said.total() - said[what])
 

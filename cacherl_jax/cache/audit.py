@@ -61,11 +61,12 @@ def audit(
     held = list(held)
     cache = CachedTools(store, specs, config, seed)
     answers = [answered(cache, r, i) for i, r in enumerate(held)]
-    episodes = {r.episode for r in held}
+    # Corpora name dialogues anew in every split: a name alone does not tell that a dialogue is stored.
+    stored = {(r.episode, r.key) for r in store.recordings()}
     return {
         "calls": len(held),
-        "dialogues": len(episodes),
-        "dialogues_in_store": len(episodes & {r.episode for r in store.recordings()}),
+        "dialogues": len({r.episode for r in held}),
+        "dialogues_in_store": len({r.episode for r in held if (r.episode, r.key) in stored}),
         "tiers": by_tier(answers),
         "tools": {
             tool: {tier: row(rows) for tier, rows in _grouped(of_tool, lambda a: a.tier).items()}

@@ -22,21 +22,23 @@ def explain(store: Store, cache: CachedTools, call: ToolCall, earlier: Sequence[
 
     call: its canonical text; key; writes: the earlier ones that the key holds. refused: the error with which the agent loop
     answers before the cache is asked, else None. served: the answer with its provenance. tried: every tier up to the one
-    that served, with the reason. nearest: the most similar stored calls that may answer others. `draw` seeds
-    the choice among several results of the key; `cache` reads `store`. Nothing live is called.
+    that served, with the reason. rules: those of the adapted tier, and how many stored calls each leads from. nearest: the
+    most similar stored calls that may answer others. `draw` seeds the choice among several results of the key; `cache`
+    reads `store`. Nothing live is called.
     """
     config, spec = cache.config, cache.specs.get(call.name)
     arguments, writes = stored_form(call, spec, config.key, earlier)
     key, gate = call_key(call, spec, config.key, earlier), config.fuzzy_gate
     served = cache.answer(call, earlier, draw)
-    refused = check_call(cache.specs, call)
+    refused, rules = check_call(cache.specs, call), _rules(cache, call, earlier)
     return {
         "call": raw_call(call) if config.key == "raw" else canonical_call(call, spec),
         "key": key.hex(),
         "writes": writes.splitlines(),
         "refused": refused and refused.content,
         "served": _served(served),
-        "tried": _tried(store, cache, call, earlier, served),
+        "tried": _tried(store, cache, call, earlier, served, rules),
+        "rules": rules,
         "nearest": [
             {
                 "similarity": score,
@@ -67,12 +69,21 @@ def _served(o: Observation) -> dict[str, Any]:
     }
 
 
-def _tried(store: Store, cache: CachedTools, call: ToolCall, earlier: Sequence[Write], served: Observation) -> list[dict[str, str]]:
+def _tried(
+    store: Store,
+    cache: CachedTools,
+    call: ToolCall,
+    earlier: Sequence[Write],
+    served: Observation,
+    rules: Sequence[dict[str, Any]],
+) -> list[dict[str, str]]:
     config, spec = cache.config, cache.specs.get(call.name)
     rows: list[tuple[Tier, str]] = [(Tier.EXACT, _exact(store.get(call_key(call, spec, config.key, earlier)), config.errors))]
     if served.tier is not Tier.EXACT:
+        rows.append((Tier.ADAPTED, _adapted(cache, call, served.tier, rules)))
+    if served.tier not in (Tier.EXACT, Tier.ADAPTED):
         rows.append((Tier.FUZZY, _fuzzy(cache, call, earlier)))
-    if served.tier not in (Tier.EXACT, Tier.FUZZY):
+    if served.tier not in (Tier.EXACT, Tier.ADAPTED, Tier.FUZZY):
         rows.append((Tier.BEST_EFFORT, _best_effort(cache, call, earlier, served)))
     if served.tier is Tier.MISS:
         does = {
@@ -94,6 +105,30 @@ def _exact(stored: Sequence[Entry], errors: str) -> str:
     left = [e for e in stored if not (withheld and is_negative(e.result))]
     times = ", ".join(str(e.count) for e in sorted(left, key=lambda e: -e.count))
     return f"{len(left)} of {len(stored)} stored results may be served; recorded {times} times"
+
+
+def _rules(cache: CachedTools, call: ToolCall, earlier: Sequence[Write]) -> list[dict[str, Any]]:
+    """The tool's certified rules, and from how many stored calls each leads to this one."""
+    if cache.adapter is None:
+        return []
+    found = list(cache.adapter.answers(call.name, *stored_form(call, cache.specs.get(call.name), cache.config.key, earlier)))
+    rows = []
+    for rule in cache.adapter.rules(call.name):
+        answers = [a for a in found if a.rule == rule]
+        shown = answers[0].result.content[:SHOWN] if answers else None
+        rows.append({"rule": str(rule), "right": rule.right, "votes": rule.votes, "from": len(answers), "result": shown})
+    return rows
+
+
+def _adapted(cache: CachedTools, call: ToolCall, tier: Tier, rules: Sequence[dict[str, Any]]) -> str:
+    if not cache.config.adapted:
+        return "off (cache.adapted=false)"
+    if cache.adapter is None or not rules:
+        return "the tool has no certified rule" if cache.adapter else "no rules were fitted on this store"
+    leading = sum(row["from"] for row in rules)
+    if not leading:
+        return f"{len(rules)} rules, none leads from a stored call to this one"
+    return f"rules lead here from {leading} stored calls{'' if tier is Tier.ADAPTED else ', which do not agree'}"
 
 
 def _fuzzy(cache: CachedTools, call: ToolCall, earlier: Sequence[Write]) -> str:

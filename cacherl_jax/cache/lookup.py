@@ -66,7 +66,7 @@ class CachedTools:
                 self._by_tool.setdefault(entry.tool, []).append(entry)
         for entries in self._by_key.values():
             entries.sort(key=lambda e: e.hash)
-        self._adapter, self._fidelity = _fitted(store, specs, config)
+        self.adapter, self._fidelity = _fitted(store, specs, config)
         self._indices: dict[str, dict[str, tiers.ToolIndex]] = {}  # tool -> values that must agree -> index
         self._shapes: dict[str, Shape | None] = {}
         self._nearest: dict[tuple[str, str, str, str], tuple[Entry | None, float]] = {}
@@ -106,10 +106,10 @@ class CachedTools:
         self, call: ToolCall, spec: ToolSpec | None, earlier: Sequence[Write]
     ) -> tuple[Observation, fidelity.Evidence] | None:
         """A stored result for other arguments, where a certified rule makes it this call's; None where none does."""
-        if self._adapter is None:
+        if self.adapter is None:
             return None
         arguments, writes = stored_form(call, spec, self.config.key, earlier)
-        found = self._adapter.answer(call.name, arguments, writes)
+        found = self.adapter.answer(call.name, arguments, writes)
         if found is None:
             return None
         score = tiers.similarity(tiers.tokens(arguments), tiers.tokens(found.entry.arguments), self.config.similarity == "soft")

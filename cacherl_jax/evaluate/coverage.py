@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from cacherl_jax.evaluate.report import TIER_COLOURS
 from cacherl_jax.types import TIER_ORDER, Observation, Task, Tier, ToolCall, ToolFailure, ToolProvider
-from cacherl_jax.versions import require
 
 # Tiers whose answers an episode can be finished with.
 FAITHFUL = (Tier.LIVE, Tier.EXACT, Tier.ADAPTED)
@@ -94,34 +91,3 @@ def _play(task: Task, provider: ToolProvider, reference: Sequence[ToolCall]) -> 
 
 def _in_order(counts: Mapping[str, int]) -> dict[str, int]:
     return {t.value: counts[t.value] for t in TIER_ORDER if counts.get(t.value)}
-
-
-def draw_coverage(found: Coverage, path: Path, *, tools: int = 25) -> None:
-    """PNG: shares of tiers by depth and by tool, the most called ones. Raises MissingExtra where matplotlib is absent."""
-    matplotlib = require("matplotlib", "report")
-    matplotlib.use("Agg")
-    plt = require("matplotlib.pyplot", "report")
-    called = sorted(found.by_tool, key=lambda tool: (-sum(found.by_tool[tool].values()), tool))[:tools]
-    of_tools = "by tool" if len(called) == len(found.by_tool) else f"by tool, the {tools} most called"
-    sides = (
-        ("by call of the episode", {str(depth): tiers for depth, tiers in found.by_depth.items()}),
-        (of_tools, {tool: found.by_tool[tool] for tool in called}),
-    )
-    height = 1.5 + 0.22 * max(len(rows) for _, rows in sides)
-    figure, axes = plt.subplots(1, 2, figsize=(13, height), constrained_layout=True)
-    for ax, (title, rows) in zip(axes, sides, strict=True):
-        names = [f"{name}  ({sum(tiers.values())})" for name, tiers in rows.items()]
-        left = [0.0] * len(rows)
-        for tier in [t.value for t in TIER_ORDER if t.value in found.tiers]:
-            shares = [tiers.get(tier, 0) / sum(tiers.values()) for tiers in rows.values()]
-            ax.barh(names, shares, left=left, color=TIER_COLOURS[tier], label=tier)
-            left = [a + b for a, b in zip(left, shares, strict=True)]
-        ax.invert_yaxis()
-        ax.set(title=title, xlabel="share of calls", xlim=(0, 1))
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found.tiers), fontsize=8)
-    figure.suptitle(
-        f"{found.calls} calls of {found.tasks} tasks: {found.exact:.0%} exact; {len(found.unfinishable)} tasks cannot be finished"
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
