@@ -9,10 +9,12 @@ EXTRAS = {
     "report": ["matplotlib>=3.8"],
     "data": ["array_record>=0.8"],
     "parity": ["torch"],
+    "teacher": ["openai>=1.40"],
 }
 EXTRAS["test"] = [
     *EXTRAS["report"],
     *EXTRAS["data"],
+    *EXTRAS["teacher"],
     "hypothesis>=6.100",
     "jaxtyping>=0.2.36",
     "beartype>=0.19",

@@ -1,4 +1,4 @@
-"""The `cacherl` command: one verb a stage, `demo` for all of them, `cache` for stores of recorded corpora."""
+"""The `cacherl` command: one verb a stage, `demo` for all of them, `cache` for stores of recorded calls."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cacherl_jax.cache_verbs import add_verbs
 from cacherl_jax.config import Config, ConfigError, load_config, with_overrides
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
@@ -62,18 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--out", type=Path, required=True, help="the run's folder")
         verb.add_argument("--json", action="store_true", help="one JSON object on standard output, no progress bars")
         verb.set_defaults(verb=_run_stages, stages=STAGES if name == "demo" else (name,))
-    cache = verbs.add_parser("cache", help="stores of recorded corpora").add_subparsers(required=True, metavar="VERB")
-    for name, text, call in (
-        ("import", "record a corpus into a store and count what it holds", _cache_import),
-        ("lookup", "look a corpus up in a store and count what it would have been served", _cache_lookup),
-    ):
-        verb = cache.add_parser(name, help=text, description=text)
-        verb.add_argument("--source", choices=("sgd",), required=True)
-        verb.add_argument("--path", type=Path, required=True, help="folder of one split, with schema.json beside the dialogues")
-        verb.add_argument("--store", type=Path, required=True)
-        verb.add_argument("--key", choices=("raw", "canonical", "state"), help="import: default state; lookup: the store's")
-        verb.add_argument("--json", action="store_true", help="one JSON object on standard output")
-        verb.set_defaults(verb=call)
+    add_verbs(verbs.add_parser("cache", help="stores of recorded calls: fill, fit, inspect, publish"))
     return parser
 
 
@@ -103,41 +93,51 @@ def _run_stages(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _cache_import(args: argparse.Namespace) -> dict[str, Any]:
-    from cacherl_jax.cache.imports import import_transcripts
-    from cacherl_jax.cache.store import SQLiteStore
-    from cacherl_jax.data import sgd
-
-    corpus = sgd.read(args.path)
-    with SQLiteStore(args.store, mode="rw") as store:
-        if next(store.entries(), None) is not None:
-            raise ConfigError(f"--store {args.store} already holds entries, which would be counted twice; choose another file")
-        counts = import_transcripts(store, corpus.transcripts(), corpus.specs, args.key or "state")
-    return counts | {"malformed": len(corpus.problems)}
+WIDE = 60  # characters of a table's cell
 
 
-def _cache_lookup(args: argparse.Namespace) -> dict[str, Any]:
-    from cacherl_jax.cache.imports import lookup_transcripts
-    from cacherl_jax.cache.store import SQLiteStore
-    from cacherl_jax.data import sgd
-
-    corpus = sgd.read(args.path)
-    with SQLiteStore(args.store, mode="r") as store:
-        keyed: Any = store.metadata().get("key")
-        if keyed is None or args.key not in (None, keyed):
-            raise ConfigError(f"--key {args.key}: the keys of store {args.store} are {keyed or 'not of an imported corpus'}")
-        counts = lookup_transcripts(store, corpus.transcripts(), corpus.specs, keyed)
-    return counts | {"malformed": len(corpus.problems)}
-
-
-def _readable(result: Any, indent: str = "") -> str:
-    if not isinstance(result, dict):
-        return f"{result:.4g}" if isinstance(result, float) else str(result)
+def _readable(value: Any, indent: str = "") -> str:
+    """A result as text: one line a field; objects of the same kind, in a list or under names, as a table."""
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        return _table(value, indent)
+    if not isinstance(value, dict):
+        return _cell(value)
+    if len(value) > 1 and all(isinstance(row, dict) and row for row in value.values()):
+        return _table([{"": name, **row} for name, row in value.items()], indent)
     lines = []
-    for key, value in result.items():
-        text = _readable(value, indent + "  ")
-        lines.append(f"{indent}{key}:\n{text}" if isinstance(value, dict) and value else f"{indent}{key}: {text}")
+    for name, child in value.items():
+        below = bool(child) and (isinstance(child, dict) or (isinstance(child, list) and isinstance(child[0], dict)))
+        lines.append(f"{indent}{name}:\n{_readable(child, indent + '  ')}" if below else f"{indent}{name}: {_cell(child)}")
     return "\n".join(lines)
+
+
+def _table(rows: list[dict[str, Any]], indent: str) -> str:
+    """A column a field; fields of an object inside get columns of their own."""
+    flat = []
+    for row in rows:
+        flat.append({})
+        for name, value in row.items():
+            inner = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            flat[-1].update(inner)
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    cells = [columns, *([_cell(row.get(name, ""))[:WIDE] for name in columns] for row in flat)]
+    numeric = [all(isinstance(row.get(name, 0), int | float) for row in flat) for name in columns]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        parts = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
+        lines.append(indent + "  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list) and not any(isinstance(v, dict | list) for v in value):
+        return ", ".join(map(_cell, value)) or "none"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else " ".join(str(value).splitlines())
 
 
 if __name__ == "__main__":

@@ -89,6 +89,23 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class SimulatorConfig:
+    """An OpenAI-compatible endpoint that stands in for tools. Its API key is read from OPENAI_API_KEY and kept nowhere."""
+
+    base_url: str = ""  # such as http://localhost:8000/v1
+    model: str = ""
+    examples: int = 3  # nearest stored calls shown
+    max_tokens: int = 1024  # of a reply; a longer one is a failure
+    timeout: float = 60.0  # seconds a try
+    retries: int = 2  # after the first try, with growing pauses
+
+    def __post_init__(self) -> None:
+        for name, least in (("examples", 0), ("max_tokens", 1), ("retries", 0)):
+            _require(getattr(self, name) >= least, f"cache.simulator.{name}={getattr(self, name)} must be at least {least}")
+        _require(self.timeout > 0, f"cache.simulator.timeout={self.timeout} must be positive")
+
+
+@dataclass(frozen=True)
 class CacheConfig:
     """How a call is keyed and answered (rooms: cache/). Tiers in order: exact, adapted, fuzzy, best effort, miss."""
 
@@ -100,12 +117,25 @@ class CacheConfig:
     best_effort: Literal["off", "nearest", "schema", "simulator"] = "nearest"
     on_miss: Literal["error", "nearest", "fail", "live"] = "error"
     errors: Literal["exact", "all", "never"] = "exact"  # by which tiers stored errors and empty results are served
+    simulator: SimulatorConfig = SimulatorConfig()  # for best_effort="simulator"
     fidelity: Literal["fitted", "table"] = "fitted"  # the table below stands in where nothing is fitted
     fidelity_exact: float = 1.0
     fidelity_adapted: float = 0.95
     fidelity_fuzzy: float = 0.3
     fidelity_best_effort: float = 0.1
     fidelity_miss: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.fuzzy_threshold >= 0, f"cache.fuzzy_threshold={self.fuzzy_threshold} must be at least 0")
+        for tier in ("exact", "adapted", "fuzzy", "best_effort", "miss"):
+            value = getattr(self, f"fidelity_{tier}")
+            _require(0 <= value <= 1, f"cache.fidelity_{tier}={value} is no probability")
+        if self.best_effort == "simulator":
+            for name in ("base_url", "model"):
+                _require(
+                    bool(getattr(self.simulator, name)),
+                    f"cache.simulator.{name} is empty; cache.best_effort='simulator' asks an endpoint that it names",
+                )
 
 
 # The paper's three tiers and nothing else (paper.md, section 2).
@@ -188,6 +218,12 @@ class Config:
     rollout: RolloutConfig = RolloutConfig()
     grpo: GrpoConfig = GrpoConfig()
     eval: EvalConfig = EvalConfig()
+
+    def __post_init__(self) -> None:
+        _require(
+            self.cache.on_miss != "live",
+            "cache.on_miss='live' cannot be run: no stage of a run may reach a live tool; use error, nearest or fail",
+        )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterator
+from typing import ClassVar, Protocol
 
 from cacherl_jax.config import Config
-from cacherl_jax.types import Effects, Task, ToolProvider, ToolSpec, Transcript
+from cacherl_jax.types import Task, ToolProvider, ToolSpec, Transcript
 
 
 class Corpus(Protocol):
@@ -62,16 +62,3 @@ def live_tools(config: Config, split: str) -> ToolProvider | None:
     from cacherl_jax.tools.world import LiveTools
 
     return LiveTools(split, config.seed)
-
-
-def specs_from_json(rows: Sequence[Mapping[str, Any]]) -> dict[str, ToolSpec]:
-    specs = {}
-    for row in rows:
-        effects = row["effects"]
-        specs[row["name"]] = ToolSpec(
-            row["name"],
-            row["description"],
-            row["parameters"],
-            Effects(tuple(effects["reads"]), tuple(effects["writes"]), effects["stochastic"], effects["time_dependent"]),
-        )
-    return specs

@@ -23,6 +23,8 @@ import jax
 
 from cacherl_jax import checkpoint, metrics
 from cacherl_jax import corpus as corpora
+from cacherl_jax.cache.best_effort import Simulator
+from cacherl_jax.cache.imports import describe
 from cacherl_jax.cache.lookup import CachedTools, record_transcript
 from cacherl_jax.cache.snapshot import snapshot_id
 from cacherl_jax.cache.store import SQLiteStore
@@ -35,6 +37,7 @@ from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.run_directory import RunDirectory, write_json
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import Tokenizer, train_tokenizer
+from cacherl_jax.tools.registry import specs_from_json, specs_to_json
 from cacherl_jax.train import grpo, sft
 from cacherl_jax.trajectories.teacher import ScriptedTeacher
 from cacherl_jax.trajectories.thinking import ThinkingReport, add_thinking
@@ -62,7 +65,7 @@ def record(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, An
     def body(folder: Path) -> dict[str, Any]:
         corpus = corpora.open_corpus(run.config)
         specs = corpus.specs
-        write_json(folder / "tools.json", [dataclasses.asdict(spec) for spec in specs.values()])
+        write_json(folder / "tools.json", specs_to_json(specs))
         result: dict[str, Any] = {"tools": len(specs)}
         for split in SPLITS:
             tasks = corpus.tasks(split)
@@ -75,9 +78,7 @@ def record(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, An
             path = folder / STORES[split]
             path.unlink(missing_ok=True)  # of an interrupted attempt
             with SQLiteStore(path, mode="rw") as store:
-                for key, value in corpus.provenance.items():
-                    store.set_metadata(key, value)
-                store.set_metadata("key", run.config.cache.key)
+                describe(store, specs, run.config.cache.key, corpus.provenance)
                 with store.transaction():
                     for transcript in transcripts:
                         record_transcript(store, transcript, specs, run.config.cache.key)
@@ -334,7 +335,7 @@ def _rewards(task: Task, trajectory: Trajectory, specs: Mapping[str, ToolSpec]) 
 
 
 def load_specs(run: RunDirectory) -> dict[str, ToolSpec]:
-    return corpora.specs_from_json(json.loads((run.out / "record" / "tools.json").read_text()))
+    return specs_from_json(json.loads((run.out / "record" / "tools.json").read_text()))
 
 
 def load_tasks(run: RunDirectory, split: str) -> list[Task]:
@@ -353,8 +354,12 @@ def model_config(run: RunDirectory) -> Config:
 
 
 def open_cache(run: RunDirectory, split: str, specs: Mapping[str, ToolSpec]) -> CachedTools:
-    store = SQLiteStore(run.out / "record" / STORES[split], mode="r")
-    return CachedTools(store, specs, run.config.cache, run.config.seed)
+    store, config = SQLiteStore(run.out / "record" / STORES[split], mode="r"), run.config.cache
+    simulator = None
+    if config.best_effort == "simulator":
+        # Replies of one split's calls are kept apart: what training was told is never told in evaluation.
+        simulator = Simulator(config.simulator, SQLiteStore(run.out / "record" / f"simulated.{split}.sqlite", mode="rw"))
+    return CachedTools(store, specs, config, run.config.seed, simulator=simulator)
 
 
 def load_policy(run: RunDirectory, stage: str, config: Config) -> qwen3.Qwen3:

@@ -61,7 +61,7 @@ class StopReason(enum.StrEnum):
     CONTEXT_FULL = "context_full"  # the next injection or a minimal turn would not fit
     TURN_TRUNCATED = "turn_truncated"  # a turn hit its own cap outside a thinking block
     VOID_TURN = "void_turn"  # a turn with neither text nor call
-    TOOL_FAILURE = "tool_failure"  # miss policy `fail`, or a tool that raised
+    TOOL_FAILURE = "tool_failure"  # a session raised ToolFailure: the miss policy `fail`
 
 
 class Source(enum.StrEnum):
@@ -282,12 +282,21 @@ class Observation:
     age: float | None = None
 
 
+class ToolFailure(Exception):
+    """Ends an episode: its session has no answer, and its policy is to go no further. `observation` says what was missing."""
+
+    def __init__(self, observation: Observation) -> None:
+        super().__init__(f"{observation.call.name}: {observation.result.content}")
+        self.observation = observation
+
+
 class ToolSession(Protocol):
     """The tools of one episode: live ones with their own state, or the cache with the episode's chain of writes."""
 
     def execute(self, call: ToolCall) -> Observation:
         """Answers a call whose name and arguments were already checked against the tool's schema. Tool failures
-        come back as results with an error type; exceptions are programming errors."""
+        come back as results with an error type. Raises ToolFailure where the episode is to end; other exceptions are
+        programming errors."""
         ...
 
 

@@ -52,7 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": THIRD | {"rollout", "reward", "evaluate", "checkpoint"},
     "run_directory": FIRST,
     "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory"},
-    "cli": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory", "stages"},
+    "cache_verbs": THIRD | {"evaluate"},
+    "cli": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory", "stages", "cache_verbs"},
     "": {"versions"},  # cacherl_jax/__init__.py
 }
 # Rooms for a host without an accelerator's libraries.
@@ -243,7 +244,7 @@ def commands(text: str, program: str) -> Iterator[list[str]]:
 def check_cacherl(arguments: list[str]) -> None:
     """Fails unless the command line takes the arguments, configuration and overrides included."""
     args = cli._parser().parse_args(arguments)
-    if hasattr(args, "config"):
+    if getattr(args, "config", None):
         with_overrides(load_config(args.config), args.set)
 
 

@@ -1,4 +1,4 @@
-"""The cache as a provider of tools: exact, then fuzzy, then best effort, then an honest miss. And its counterpart, recording.
+"""The cache as a provider of tools: exact, adapted, fuzzy, best effort, then an honest miss. And its counterpart, recording.
 
 Every answer says how it was found, how near the stored call was, which entry it is, and how far it can be trusted.
 """
@@ -7,91 +7,253 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 
-from cacherl_jax.cache import tiers
+from cacherl_jax.cache import fidelity, tiers
+from cacherl_jax.cache.adapt import Adapter, Rule
+from cacherl_jax.cache.best_effort import Shape, Simulator, SimulatorError, fill, learn_shape
+from cacherl_jax.cache.gate import gate_values
 from cacherl_jax.cache.key import KeyMode, Write, call_key, canonical_arguments, canonical_call, raw_call, relevant_writes
+from cacherl_jax.cache.results import is_negative
 from cacherl_jax.cache.store import Entry, Recording, Store
-from cacherl_jax.config import CacheConfig
-from cacherl_jax.tools.registry import error_result
-from cacherl_jax.types import Kind, Observation, Task, Tier, ToolCall, ToolResult, ToolSpec, Transcript
+from cacherl_jax.config import CacheConfig, ConfigError
+from cacherl_jax.tools.registry import error_result, refuse_live
+from cacherl_jax.types import (
+    Kind,
+    Observation,
+    Task,
+    Tier,
+    ToolCall,
+    ToolFailure,
+    ToolProvider,
+    ToolResult,
+    ToolSession,
+    ToolSpec,
+    Transcript,
+)
 
 
 class CachedTools:
-    """Answers every call from a store. `seed` makes the draws among several recorded results of one call."""
+    """Answers every call from a store. `seed` makes the draws among several recorded results of one call.
 
-    def __init__(self, store: Store, specs: Mapping[str, ToolSpec], config: CacheConfig, seed: int) -> None:
-        self._specs, self._config, self._seed = specs, config, seed
+    live: the tools themselves, for the miss policy `live`. simulator: for `best_effort="simulator"`. Raises ConfigError
+    where the configuration asks for one that is not given.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        specs: Mapping[str, ToolSpec],
+        config: CacheConfig,
+        seed: int,
+        *,
+        live: ToolProvider | None = None,
+        simulator: Simulator | None = None,
+    ) -> None:
+        if config.on_miss == "live" and live is None:
+            raise ConfigError("cache.on_miss='live' needs the live tools, and none were given")
+        if config.best_effort == "simulator" and simulator is None:
+            raise ConfigError("cache.best_effort='simulator' needs a simulator, and none was given")
+        self.specs, self.config, self.live, self._seed, self._simulator = specs, config, live, seed, simulator
         # The store is read once: a run sees one snapshot, and lookups cost a dict access.
         self._by_key: dict[bytes, list[Entry]] = {}
-        self._by_tool: dict[str, list[Entry]] = {}
+        self._by_tool: dict[str, list[Entry]] = {}  # what may answer other calls than its own
         for entry in store.entries():
-            self._by_key.setdefault(entry.key, []).append(entry)
-            self._by_tool.setdefault(entry.tool, []).append(entry)
+            negative = config.errors != "all" and is_negative(entry.result)
+            if not negative or config.errors == "exact":
+                self._by_key.setdefault(entry.key, []).append(entry)
+            if not negative:
+                self._by_tool.setdefault(entry.tool, []).append(entry)
         for entries in self._by_key.values():
             entries.sort(key=lambda e: e.hash)
-        self._indices: dict[str, tiers.ToolIndex] = {}
         # Rollouts of one task repeat each other's calls to the letter, and reading JSON is most of an exact answer's cost.
         self._key = functools.lru_cache(maxsize=1 << 16)(self._key_of)
         self._canonical_call = functools.lru_cache(maxsize=1 << 16)(self._canonical_call_of)
-        self._nearest: dict[tuple[str, str, str], tuple[Entry | None, float]] = {}
+        self.adapter, self._fidelity = _fitted(store, specs, config)
+        self._indices: dict[str, dict[str, tiers.ToolIndex]] = {}  # tool -> values that must agree -> index
+        self._shapes: dict[str, Shape | None] = {}
+        self._nearest: dict[tuple[str, str, str, str], tuple[Entry | None, float]] = {}
 
     def start(self, task: Task, sample: int) -> CacheSession:
-        return CacheSession(self, f"{self._seed}/{task.id}/{sample}")
+        return CacheSession(self, task, sample, f"{self._seed}/{task.id}/{sample}")
 
-    def answer(self, call: ToolCall, earlier: list[Write], draw: str) -> Observation:
-        """The cache's answer to a call after the episode's earlier writes; `draw` seeds the choice among results."""
-        config, spec = self._config, self._specs.get(call.name)
+    def answer(self, call: ToolCall, earlier: Sequence[Write], draw: str) -> Observation:
+        """The cache's answer to a call after the episode's earlier writes; `draw` seeds the choice among results.
+
+        A miss comes back as a typed error, whatever the policy `fail` or `live` makes of it: that is the session's affair.
+        """
+        return self.answer_with_evidence(call, earlier, draw)[0]
+
+    def answer_with_evidence(
+        self, call: ToolCall, earlier: Sequence[Write], draw: str
+    ) -> tuple[Observation, fidelity.Evidence | None]:
+        """The answer, and what its fidelity rests on; None for an answer that comes from no stored result."""
+        config, spec = self.config, self.specs.get(call.name)
         if stored := self._by_key.get(self._key(call.name, call.arguments, tuple(earlier))):
-            return _observed(call, _drawn(stored, draw), Tier.EXACT, 1.0, config.fidelity_exact)
-        entry, score = self._closest(call, spec, earlier)
+            return self._observed(call, _drawn(stored, draw), Tier.EXACT, 1.0)
+        if (adapted := self._adapted(call, spec, earlier)) is not None:
+            return adapted
+        entry, score = self.nearest(call, earlier, gated=True)
         if entry is not None and score >= config.fuzzy_threshold:
-            return _observed(call, entry, Tier.FUZZY, score, config.fidelity_fuzzy)
-        if entry is not None and config.best_effort == "nearest":
-            return _observed(call, entry, Tier.BEST_EFFORT, score, config.fidelity_best_effort)
-        missed = error_result("cache_miss", f"no recorded result for {call.name}")
-        return Observation(call, missed, Tier.MISS, Kind.SIMULATED, score=score, fidelity=config.fidelity_miss)
+            return self._observed(call, entry, Tier.FUZZY, score)
+        served, problem = self._best_effort(call, earlier)
+        if served is None and config.on_miss == "nearest":
+            served = self._nearest_of_tool(call, earlier)
+        if served is not None:
+            return served
+        missed = error_result("cache_miss", f"no recorded result for {call.name}{problem}")
+        _, score = self.nearest(call, earlier, gated=False)
+        return Observation(call, missed, Tier.MISS, Kind.SIMULATED, score=score, fidelity=config.fidelity_miss), None
 
     def write_of(self, call: ToolCall, result: ToolResult) -> list[Write]:
         """What an answered call adds to the episode's writes: itself, if its tool writes and it did not fail."""
-        spec = self._specs.get(call.name)
+        spec = self.specs.get(call.name)
         if spec is None or not spec.effects.writes or result.error is not None:
             return []
         return [(frozenset(spec.effects.writes), self._canonical_call(call.name, call.arguments))]
 
     def _key_of(self, name: str, arguments: str, earlier: tuple[Write, ...]) -> bytes:
-        return call_key(ToolCall(name, arguments), self._specs.get(name), self._config.key, earlier)
+        return call_key(ToolCall(name, arguments), self.specs.get(name), self.config.key, earlier)
 
     def _canonical_call_of(self, name: str, arguments: str) -> str:
-        return canonical_call(ToolCall(name, arguments), self._specs.get(name))
+        return canonical_call(ToolCall(name, arguments), self.specs.get(name))
 
-    def _closest(self, call: ToolCall, spec: ToolSpec | None, earlier: list[Write]) -> tuple[Entry | None, float]:
-        arguments, writes = _stored_form(call, spec, self._config.key, earlier)
-        question = (call.name, arguments, writes)
+    def _adapted(
+        self, call: ToolCall, spec: ToolSpec | None, earlier: Sequence[Write]
+    ) -> tuple[Observation, fidelity.Evidence] | None:
+        """A stored result for other arguments, where a certified rule makes it this call's; None where none does."""
+        if self.adapter is None:
+            return None
+        arguments, writes = stored_form(call, spec, self.config.key, earlier)
+        found = self.adapter.answer(call.name, arguments, writes)
+        if found is None:
+            return None
+        score = tiers.similarity(tiers.tokens(arguments), tiers.tokens(found.entry.arguments), self.config.similarity == "soft")
+        evidence = fidelity.Evidence(
+            call.name, Tier.ADAPTED, score, found.agreeing, found.conflicting, _writes(spec), found.rule.precision
+        )
+        trust = fidelity.estimate(self._fidelity, self.config, evidence, found.entry.kind)
+        made = Observation(call, found.result, Tier.ADAPTED, found.entry.kind, score, found.entry.hash, trust, found.entry.age)
+        return made, evidence
+
+    def _observed(self, call: ToolCall, entry: Entry, tier: Tier, score: float) -> tuple[Observation, fidelity.Evidence]:
+        others = sum(e.count for e in self._by_key.get(entry.key, ()) if e.kind is not Kind.SIMULATED and e.result != entry.result)
+        agreeing = entry.count if entry.kind is not Kind.SIMULATED else 0
+        evidence = fidelity.Evidence(call.name, tier, score, agreeing, others, _writes(self.specs.get(call.name)))
+        trust = fidelity.estimate(self._fidelity, self.config, evidence, entry.kind)
+        return Observation(call, entry.result, tier, entry.kind, score, entry.hash, trust, entry.age), evidence
+
+    def nearest(self, call: ToolCall, earlier: Sequence[Write], *, gated: bool) -> tuple[Entry | None, float]:
+        """The most similar servable entry of the tool and its similarity; `gated`: among those that pass the gate."""
+        spec, gate = self.specs.get(call.name), self.config.fuzzy_gate if gated else ()
+        arguments, writes = stored_form(call, spec, self.config.key, earlier)
+        agreed = gate_values(arguments, spec, gate) if gate else ""
+        question = (call.name, agreed, arguments, writes)
         if question not in self._nearest:
-            if call.name not in self._indices:
-                self._indices[call.name] = tiers.ToolIndex(self._by_tool.get(call.name, ()))
-            self._nearest[question] = self._indices[call.name].nearest(tiers.tokens(arguments), writes)
+            index = self._index(call.name, spec, gate).get(agreed)
+            soft = self.config.similarity == "soft"
+            self._nearest[question] = index.nearest(tiers.tokens(arguments), writes, soft) if index else (None, 0.0)
         return self._nearest[question]
+
+    def _index(self, tool: str, spec: ToolSpec | None, gate: Sequence[str]) -> dict[str, tiers.ToolIndex]:
+        name = f"gated {tool}" if gate else tool
+        if name not in self._indices:
+            groups: dict[str, list[Entry]] = {}
+            for entry in self._by_tool.get(tool, ()):
+                groups.setdefault(gate_values(entry.arguments, spec, gate) if gate else "", []).append(entry)
+            self._indices[name] = {agreed: tiers.ToolIndex(entries) for agreed, entries in groups.items()}
+        return self._indices[name]
+
+    def ranked(self, call: ToolCall, earlier: Sequence[Write], count: int) -> list[tuple[Entry, float]]:
+        """The `count` nearest servable entries of the tool with their similarity, in the order in which they would serve."""
+        arguments, writes = stored_form(call, self.specs.get(call.name), self.config.key, earlier)
+        asked, soft = tiers.tokens(arguments), self.config.similarity == "soft"
+        scored = [(e, tiers.similarity(asked, tiers.tokens(e.arguments), soft)) for e in self._by_tool.get(call.name, ())]
+        scored.sort(key=lambda pair: (-pair[1], pair[0].writes != writes, -pair[0].count, pair[0].hash))
+        return scored[:count]
+
+    def _nearest_of_tool(self, call: ToolCall, earlier: Sequence[Write]) -> tuple[Observation, fidelity.Evidence] | None:
+        entry, score = self.nearest(call, earlier, gated=False)
+        return self._observed(call, entry, Tier.BEST_EFFORT, score) if entry else None
+
+    def _best_effort(
+        self, call: ToolCall, earlier: Sequence[Write]
+    ) -> tuple[tuple[Observation, fidelity.Evidence | None] | None, str]:
+        """The last tier's answer, or None and what went wrong ("" for nothing)."""
+        config, spec = self.config, self.specs.get(call.name)
+        if config.best_effort == "nearest":
+            return self._nearest_of_tool(call, earlier), ""
+        result, entry = None, ""
+        if config.best_effort == "schema":
+            arguments, _ = stored_form(call, spec, config.key, earlier)
+            if call.name not in self._shapes:
+                self._shapes[call.name] = learn_shape(self._by_tool.get(call.name, ()))
+            shape = self._shapes[call.name]
+            result = fill(shape, arguments) if shape is not None else None
+        elif config.best_effort == "simulator" and self._simulator is not None and spec is not None:
+            _, writes = stored_form(call, spec, config.key, earlier)
+            examples = [e for e, _ in self.ranked(call, earlier, config.simulator.examples)]
+            try:
+                stored = self._simulator.simulate(call_key(call, spec, config.key, earlier), call, spec, writes, examples)
+            except SimulatorError as error:
+                return None, f"; the simulator failed: {error}"
+            result, entry = stored.result, stored.hash
+        if result is None:
+            return None, ""
+        made = Observation(call, result, Tier.BEST_EFFORT, Kind.SIMULATED, 0.0, entry, config.fidelity_best_effort)
+        return (made, None), ""
 
 
 class CacheSession:
     """One episode: remembers its successful writes, on which later answers depend."""
 
-    def __init__(self, cache: CachedTools, name: str) -> None:
-        self._cache, self._name = cache, name
+    def __init__(self, cache: CachedTools, task: Task, sample: int, name: str) -> None:
+        self._cache, self._task, self._sample, self._name = cache, task, sample, name
         self._earlier: list[Write] = []
         self._calls = 0
+        self._live: ToolSession | None = None
+        self._unseen: list[ToolCall] = []  # writes that the live tools have not seen
 
     def execute(self, call: ToolCall) -> Observation:
         observation = self._cache.answer(call, self._earlier, f"{self._name}/{self._calls}")
         self._calls += 1
-        self._earlier += self._cache.write_of(call, observation.result)
+        policy = self._cache.config.on_miss
+        if observation.tier is Tier.MISS and policy == "fail":
+            raise ToolFailure(observation)
+        if observation.tier is Tier.MISS and policy == "live":
+            observation = self._ask_live(call)
+        written = self._cache.write_of(call, observation.result)
+        self._earlier += written
+        if written and policy == "live" and observation.tier is not Tier.LIVE:
+            self._unseen.append(call)
         return observation
 
+    def _ask_live(self, call: ToolCall) -> Observation:
+        """The tool's own answer, in a live session that has first made the episode's writes that the cache answered."""
+        refuse_live(call)
+        if self._live is None:
+            assert self._cache.live is not None, "CachedTools checks that `live` is given"
+            self._live = self._cache.live.start(self._task, self._sample)
+        while self._unseen:
+            self._live.execute(self._unseen.pop(0))
+        return self._live.execute(call)
 
-def _observed(call: ToolCall, entry: Entry, tier: Tier, score: float, fidelity: float) -> Observation:
-    return Observation(call, entry.result, tier, entry.kind, score, entry.hash, fidelity, entry.age)
+
+def _fitted(store: Store, specs: Mapping[str, ToolSpec], config: CacheConfig) -> tuple[Adapter | None, fidelity.Fidelity | None]:
+    """What was fitted on the store, from its metadata; None for what was not, or is not wanted."""
+    known = store.metadata()
+    adapter = model = None
+    if config.adapted and "rules" in known:
+        rules = [Rule.from_json(row) for row in json.loads(known["rules"])]
+        adapter = Adapter(rules, store.entries(), specs, negatives=config.errors == "all") if rules else None
+    if config.fidelity == "fitted" and "fidelity" in known:
+        model = fidelity.Fidelity.from_json(json.loads(known["fidelity"]))
+    return adapter, model
+
+
+def _writes(spec: ToolSpec | None) -> bool:
+    return spec is not None and bool(spec.effects.writes)
 
 
 def _drawn(entries: list[Entry], draw: str) -> Entry:
@@ -107,13 +269,14 @@ def _drawn(entries: list[Entry], draw: str) -> Entry:
     raise AssertionError("counts are positive")
 
 
-def _write_of(call: ToolCall, spec: ToolSpec | None, result: ToolResult) -> list[Write]:
+def write_of(call: ToolCall, spec: ToolSpec | None, result: ToolResult) -> list[Write]:
+    """What an answered call adds to its episode's chain of writes: itself, if it writes and did not fail."""
     if spec is None or not spec.effects.writes or result.error is not None:
         return []
     return [(frozenset(spec.effects.writes), canonical_call(call, spec))]
 
 
-def _stored_form(call: ToolCall, spec: ToolSpec | None, mode: KeyMode, earlier: list[Write]) -> tuple[str, str]:
+def stored_form(call: ToolCall, spec: ToolSpec | None, mode: KeyMode, earlier: Sequence[Write]) -> tuple[str, str]:
     """Arguments and writes as an entry keeps them."""
     if mode == "raw":
         return raw_call(call).removeprefix(call.name + " "), ""
@@ -136,10 +299,10 @@ def recordings(
             call = waiting.pop(0)
             spec = specs.get(call.name)
             result = ToolResult(message.content, message.error)
-            arguments, writes = _stored_form(call, spec, mode, earlier)
+            arguments, writes = stored_form(call, spec, mode, earlier)
             key = call_key(call, spec, mode, earlier)
             yield Recording(key, call.name, arguments, writes, result, episode=transcript.id, recorded_at=recorded_at)
-            earlier += _write_of(call, spec, result)
+            earlier += write_of(call, spec, result)
 
 
 def record_transcript(store: Store, transcript: Transcript, specs: Mapping[str, ToolSpec], mode: KeyMode) -> int:

@@ -3,64 +3,91 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cacherl_jax.types import Task, Tier, ToolProvider
+from cacherl_jax.types import TIER_ORDER, Observation, Task, Tier, ToolCall, ToolFailure, ToolProvider
+
+# Tiers whose answers an episode can be finished with.
+FAITHFUL = (Tier.LIVE, Tier.EXACT, Tier.ADAPTED)
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Reference calls by tier, the exact share by tool and by depth (1 is an episode's first call), and the tasks of which
-    no accepted reference is answered exactly throughout."""
+    """Reference calls by tier: in all, by tool, by depth (1 is an episode's first call). fidelity: mean over the calls.
+    unfinishable: tasks of which no accepted reference is answered exactly or adapted throughout."""
 
-    calls: int
     tiers: dict[str, int]
-    exact_by_tool: dict[str, float]
-    exact_by_depth: dict[int, float]
+    by_tool: dict[str, dict[str, int]]
+    by_depth: dict[int, dict[str, int]]
+    fidelity: float
+    tasks: int
     unfinishable: tuple[str, ...]
 
     @property
+    def calls(self) -> int:
+        return sum(self.tiers.values())
+
+    @property
     def exact(self) -> float:
-        return self.tiers.get(Tier.EXACT.value, 0) / max(1, self.calls)
+        return _exact(self.tiers)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "calls": self.calls,
             "exact": self.exact,
+            "fidelity": self.fidelity,
             "tiers": self.tiers,
-            "exact_by_tool": self.exact_by_tool,
-            "exact_by_depth": {str(k): v for k, v in self.exact_by_depth.items()},
+            "exact_by_tool": {k: _exact(v) for k, v in self.by_tool.items()},
+            "exact_by_depth": {str(k): _exact(v) for k, v in self.by_depth.items()},
+            "tasks": self.tasks,
             "unfinishable_tasks": len(self.unfinishable),
         }
 
 
+def _exact(tiers: Mapping[str, int]) -> float:
+    return tiers.get(Tier.EXACT.value, 0) / max(1, sum(tiers.values()))
+
+
 def coverage(tasks: Sequence[Task], provider: ToolProvider) -> Coverage:
     """Plays every accepted reference of every task through sessions of `provider`; the first reference is counted."""
-    tiers: Counter[str] = Counter()
-    by_tool: defaultdict[str, list[bool]] = defaultdict(list)
-    by_depth: defaultdict[int, list[bool]] = defaultdict(list)
+    by_tool: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    by_depth: defaultdict[int, Counter[str]] = defaultdict(Counter)
+    fidelity = 0.0
     unfinishable = []
     for task in tasks:
         finished = []
         for i, reference in enumerate(task.references):
-            session = provider.start(task, 0)
-            served = [session.execute(call) for call in reference]
-            finished.append(all(o.tier is Tier.EXACT for o in served))
-            if i:
-                continue
-            for depth, observation in enumerate(served, 1):
-                exact = observation.tier is Tier.EXACT
-                tiers[observation.tier.value] += 1
-                by_tool[observation.call.name].append(exact)
-                by_depth[depth].append(exact)
+            served = _play(task, provider, reference)
+            finished.append(all(o.tier in FAITHFUL for o in served))
+            for depth, observation in enumerate(served if i == 0 else (), 1):
+                by_tool[observation.call.name][observation.tier.value] += 1
+                by_depth[depth][observation.tier.value] += 1
+                fidelity += observation.fidelity
         if not any(finished):
             unfinishable.append(task.id)
+    tiers = sum(by_depth.values(), Counter[str]())
     return Coverage(
-        calls=sum(tiers.values()),
-        tiers=dict(sorted(tiers.items())),
-        exact_by_tool={k: sum(v) / len(v) for k, v in sorted(by_tool.items())},
-        exact_by_depth={k: sum(v) / len(v) for k, v in sorted(by_depth.items())},
+        tiers=_in_order(tiers),
+        by_tool={k: _in_order(v) for k, v in sorted(by_tool.items())},
+        by_depth={k: _in_order(v) for k, v in sorted(by_depth.items())},
+        fidelity=fidelity / max(1, sum(tiers.values())),
+        tasks=len(tasks),
         unfinishable=tuple(unfinishable),
     )
+
+
+def _play(task: Task, provider: ToolProvider, reference: Sequence[ToolCall]) -> list[Observation]:
+    """Every call of a reference answered, also those after one at which an episode would end."""
+    session, served = provider.start(task, 0), []
+    for call in reference:
+        try:
+            served.append(session.execute(call))
+        except ToolFailure as failure:
+            served.append(failure.observation)
+    return served
+
+
+def _in_order(counts: Mapping[str, int]) -> dict[str, int]:
+    return {t.value: counts[t.value] for t in TIER_ORDER if counts.get(t.value)}

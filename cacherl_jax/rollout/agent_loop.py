@@ -24,6 +24,7 @@ from cacherl_jax.types import (
     Task,
     Tier,
     ToolCall,
+    ToolFailure,
     ToolResult,
     ToolSession,
     ToolSpec,
@@ -88,7 +89,11 @@ class Episode:
         if not ended:
             return self._end(self._cut_by(room))
         if parsed.calls:
-            results = [self._execute(call) for call in parsed.calls]
+            try:
+                results = [self._execute(call) for call in parsed.calls]
+            except ToolFailure as failure:
+                self._observations.append(failure.observation)
+                return self._end(StopReason.TOOL_FAILURE)
             return self._inject([*chat.after_turn(self._tok), *self._results(results)])
         return self._reply(parsed)
 

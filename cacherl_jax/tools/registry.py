@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import jsonschema
 
-from cacherl_jax.types import Kind, Observation, Tier, ToolCall, ToolResult, ToolSpec
+from cacherl_jax.types import Effects, Kind, Observation, Tier, ToolCall, ToolResult, ToolSpec
 
 
 class ToolError(Exception):
@@ -64,6 +65,24 @@ def _validator(schema: str) -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(parsed)
 
 
+def specs_to_json(specs: Mapping[str, ToolSpec]) -> list[dict[str, Any]]:
+    """Tool definitions as a JSON array: files and stores keep them so."""
+    return [dataclasses.asdict(spec) for spec in specs.values()]
+
+
+def specs_from_json(rows: Sequence[Mapping[str, Any]]) -> dict[str, ToolSpec]:
+    specs = {}
+    for row in rows:
+        effects = row["effects"]
+        specs[row["name"]] = ToolSpec(
+            row["name"],
+            row["description"],
+            row["parameters"],
+            Effects(tuple(effects["reads"]), tuple(effects["writes"]), effects["stochastic"], effects["time_dependent"]),
+        )
+    return specs
+
+
 _live_forbidden: contextvars.ContextVar[bool] = contextvars.ContextVar("live_forbidden", default=False)
 _live_calls = itertools.count()
 _live_seen = 0
@@ -84,6 +103,12 @@ def live_call_count() -> int:
     return _live_seen
 
 
+def refuse_live(call: ToolCall) -> None:
+    """Raises LiveToolError inside `forbid_live()`. Whoever is about to reach a live tool asks here first."""
+    if _live_forbidden.get():
+        raise LiveToolError(f"live tool {call.name} was called where only the cache may answer: {call.arguments[:200]}")
+
+
 def run_live(tool: Tool, state: Any, call: ToolCall) -> Observation:
     """Runs a tool on a call that `check_call` accepted. ToolError becomes a result; anything else is a bug and is raised.
 
@@ -91,8 +116,7 @@ def run_live(tool: Tool, state: Any, call: ToolCall) -> Observation:
     """
     global _live_seen
     _live_seen = next(_live_calls) + 1
-    if _live_forbidden.get():
-        raise LiveToolError(f"live tool {call.name} was called where only the cache may answer: {call.arguments[:200]}")
+    refuse_live(call)
     try:
         value = tool.run(state, **call.parsed())
         result = ToolResult(json.dumps(value, ensure_ascii=False))

@@ -7,11 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cacherl_jax.config import RolloutConfig
+from cacherl_jax.cache.lookup import CachedTools, record_transcript
+from cacherl_jax.cache.store import MemoryStore
+from cacherl_jax.config import CacheConfig, RolloutConfig
 from cacherl_jax.rollout.agent_loop import Episode
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import train_tokenizer
-from cacherl_jax.types import Kind, Message, Observation, Source, StopReason, Task, Tier, ToolCall, ToolResult, ToolSpec
+from cacherl_jax.types import Kind, Message, Observation, Source, StopReason, Task, Tier, ToolCall, ToolResult, ToolSpec, Transcript
 
 SPECS = {
     "find": ToolSpec("find", "", {"type": "object", "properties": {"q": {}}, "additionalProperties": False}),
@@ -189,3 +191,17 @@ def test_200_episodes_of_noise_end_by_a_named_reason():
 def test_a_call_is_executed_as_written():
     _, _, session = play([THOUGHT + call('{"name":"find","arguments":{"q":1e3}}') + "<|im_end|>", ANSWER])
     assert session.calls == [ToolCall("find", '{"q":1e3}')]
+
+
+def test_a_session_that_fails_ends_the_episode_with_what_was_missing():
+    store = MemoryStore()
+    step = (Message("assistant", tool_calls=(ToolCall.of("find", q="é"),)), Message("tool", "found"))
+    record_transcript(store, Transcript("x", "t", "a", ("find",), step), SPECS, "state")
+    policy = CacheConfig(best_effort="off", fuzzy_threshold=2.0, on_miss="fail")
+    other = call('{"name": "find", "arguments": {"q": "other"}}')
+    turn = THOUGHT + GOOD + "\n" + other + "\n" + GOOD + "<|im_end|>"
+    trajectory, held, _ = play([turn, ANSWER], session=CachedTools(store, SPECS, policy, 0).start(TASK, 0))
+    check(trajectory, held)
+    assert trajectory.stop is StopReason.TOOL_FAILURE and held[-1] == ("injected", None)
+    assert [o.tier for o in trajectory.observations] == [Tier.EXACT, Tier.MISS]  # the third call was not made
+    assert trajectory.observations[1].result.error == "cache_miss" and trajectory.answer == ""
