@@ -141,7 +141,7 @@ def _import(args: argparse.Namespace) -> dict[str, Any]:
         if next(store.entries(), None) is not None:
             raise ConfigError(f"--store {args.store} already holds entries, which would be counted twice; choose another file")
         counts = import_transcripts(store, corpus.transcripts(), specs, args.key or "state", provenance)
-    return counts | {"malformed": len(corpus.problems)}
+    return counts | {"malformed": len(corpus.problems), "problems": corpus.problems[:EXAMPLES]}
 
 
 def _import_dataset(args: argparse.Namespace) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _lookup(args: argparse.Namespace) -> dict[str, Any]:
         if keyed is None or args.key not in (None, keyed):
             raise ConfigError(f"--key {args.key}: the keys of store {args.store} are {keyed or 'not of an imported corpus'}")
         counts = lookup_transcripts(store, corpus.transcripts(), corpus.specs, keyed)
-    return counts | {"malformed": len(corpus.problems)}
+    return counts | {"malformed": len(corpus.problems), "problems": corpus.problems[:EXAMPLES]}
 
 
 def _coverage(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -68,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(args: argparse.Namespace) -> Config:
-    config = with_overrides(load_config(args.config), args.set)
-    return config if args.seed is None else dataclasses.replace(config, seed=args.seed)
+    seed = [] if args.seed is None else [f"seed={args.seed}"]
+    return with_overrides(load_config(args.config), [*args.set, *seed])
 
 
 def _run_stages(args: argparse.Namespace) -> dict[str, Any]:

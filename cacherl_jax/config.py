@@ -12,9 +12,16 @@ import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
+
+
+Positive = Annotated[int, pydantic.Field(gt=0)]
+Count = Annotated[int, pydantic.Field(ge=0)]
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+Rate = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+PositiveRate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 
 
 class ConfigError(ValueError):
@@ -30,18 +37,18 @@ def _require(ok: bool, message: str) -> None:
 class ModelConfig:
     """Qwen3, dense. Field names follow the Hugging Face config where one exists."""
 
-    vocab_size: int = 0  # 0: taken from the tokenizer
-    hidden_size: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    intermediate_size: int = 384
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
+    vocab_size: Count = 0  # 0: taken from the tokenizer
+    hidden_size: Positive = 128
+    num_layers: Positive = 4
+    num_heads: Positive = 4
+    num_kv_heads: Positive = 2
+    head_dim: Positive = 32
+    intermediate_size: Positive = 384
+    rope_theta: PositiveRate = 10_000.0
+    rms_norm_eps: PositiveRate = 1e-6
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.02  # of matrices
-    embedding_range: float = 0.2  # of the embedding; 0.02 learns ten times slower at this size
+    initializer_range: PositiveRate = 0.02  # of matrices
+    embedding_range: PositiveRate = 0.2  # of the embedding; 0.02 learns ten times slower at this size
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -56,9 +63,9 @@ class ModelConfig:
 class MeshConfig:
     """Devices by axis; the product must equal the number of devices in use."""
 
-    data: int = 1
-    fsdp: int = 1
-    tp: int = 1
+    data: Positive = 1
+    fsdp: Positive = 1
+    tp: Positive = 1
 
 
 @dataclass(frozen=True)
@@ -67,17 +74,15 @@ class DataConfig:
 
     source: Literal["world", "sgd"] = "world"
     path: str = ""  # folder of the corpus; unused for the world
-    train_tasks: int = 1500
-    validation_tasks: int = 100
-    test_tasks: int = 400
+    train_tasks: Positive = 1500
+    validation_tasks: Positive = 100
+    test_tasks: Positive = 400
     services: tuple[str, ...] = ()  # sgd: the subset of services; () is all
     unseen_services: tuple[str, ...] = ()  # sgd: services that only the test split has
     demonstrators: tuple[Literal["expert", "stopper", "wanderer"], ...] = ("expert", "stopper", "wanderer")  # world
 
     def __post_init__(self) -> None:
         _require(self.source == "world" or bool(self.path), f"data.path is empty; data.source={self.source!r} needs one")
-        for name in ("train_tasks", "validation_tasks", "test_tasks"):
-            _require(getattr(self, name) > 0, f"data.{name}={getattr(self, name)} must be positive")
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class TokenizerConfig:
     """A BPE trained on the recordings, with the fixed runs of the chat template as added tokens; or one from disk."""
 
     path: str = ""  # folder with tokenizer.json; "" trains one
-    vocab_size: int = 680
+    vocab_size: Annotated[int, pydantic.Field(ge=265)] = 680  # bytes and control tokens alone take 265
 
 
 @dataclass(frozen=True)
@@ -94,15 +99,10 @@ class SimulatorConfig:
 
     base_url: str = ""  # such as http://localhost:8000/v1
     model: str = ""
-    examples: int = 3  # nearest stored calls shown
-    max_tokens: int = 1024  # of a reply; a longer one is a failure
-    timeout: float = 60.0  # seconds a try
-    retries: int = 2  # after the first try, with growing pauses
-
-    def __post_init__(self) -> None:
-        for name, least in (("examples", 0), ("max_tokens", 1), ("retries", 0)):
-            _require(getattr(self, name) >= least, f"cache.simulator.{name}={getattr(self, name)} must be at least {least}")
-        _require(self.timeout > 0, f"cache.simulator.timeout={self.timeout} must be positive")
+    examples: Count = 3  # nearest stored calls shown
+    max_tokens: Positive = 1024  # of a reply; a longer one is a failure
+    timeout: PositiveRate = 60.0  # seconds a try
+    retries: Count = 2  # after the first try, with growing pauses
 
 
 @dataclass(frozen=True)
@@ -112,24 +112,20 @@ class CacheConfig:
     key: Literal["raw", "canonical", "state"] = "state"  # state: canonical call + earlier writes it depends on
     adapted: bool = True  # serve a stored result for other arguments where certified rules say it holds
     similarity: Literal["jaccard", "soft"] = "soft"  # the paper's, or softened inside free text
-    fuzzy_threshold: float = 0.5  # similarity of typed key=value tokens; above 1 turns the tier off
+    fuzzy_threshold: Rate = 0.5  # similarity of typed key=value tokens; above 1 turns the tier off
     fuzzy_gate: tuple[Literal["enum", "boolean", "integer", "number"], ...] = ()  # argument types whose values must agree
     best_effort: Literal["off", "nearest", "schema", "simulator"] = "nearest"
     on_miss: Literal["error", "nearest", "fail", "live"] = "error"
     errors: Literal["exact", "all", "never"] = "exact"  # by which tiers stored errors and empty results are served
     simulator: SimulatorConfig = SimulatorConfig()  # for best_effort="simulator"
     fidelity: Literal["fitted", "table"] = "fitted"  # the table below stands in where nothing is fitted
-    fidelity_exact: float = 1.0
-    fidelity_adapted: float = 0.95
-    fidelity_fuzzy: float = 0.3
-    fidelity_best_effort: float = 0.1
-    fidelity_miss: float = 0.0
+    fidelity_exact: Share = 1.0
+    fidelity_adapted: Share = 0.95
+    fidelity_fuzzy: Share = 0.3
+    fidelity_best_effort: Share = 0.1
+    fidelity_miss: Share = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.fuzzy_threshold >= 0, f"cache.fuzzy_threshold={self.fuzzy_threshold} must be at least 0")
-        for tier in ("exact", "adapted", "fuzzy", "best_effort", "miss"):
-            value = getattr(self, f"fidelity_{tier}")
-            _require(0 <= value <= 1, f"cache.fidelity_{tier}={value} is no probability")
         if self.best_effort == "simulator":
             for name in ("base_url", "model"):
                 _require(
@@ -145,62 +141,62 @@ PAPER_CACHE = CacheConfig(key="canonical", adapted=False, similarity="jaccard", 
 @dataclass(frozen=True)
 class OptimizerConfig:
     name: Literal["adamw", "muon"] = "muon"  # muon: matrices by Muon, embeddings and scales by Adam
-    learning_rate: float = 0.02
-    adam_learning_rate: float = 3e-3  # muon's companion for non-matrices
-    warmup_steps: int = 20
+    learning_rate: Rate = 0.02
+    adam_learning_rate: Rate = 3e-3  # muon's companion for non-matrices
+    warmup_steps: Count = 20
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.95
+    weight_decay: Rate = 0.0
+    clip_norm: PositiveRate = 1.0
+    b1: Share = 0.9
+    b2: Share = 0.95
 
 
 @dataclass(frozen=True)
 class SftConfig:
-    steps: int = 1000
-    tokens_per_batch: int = 1024  # rows times padded length; rows are bucketed by length
+    steps: Positive = 1000
+    tokens_per_batch: Positive = 1024  # rows times padded length; rows are bucketed by length
     optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint_every: int = 200
+    checkpoint_every: Positive = 200
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
     """The agent loop and its engine (rooms: rollout/)."""
 
-    rows: int = 64  # compiled rows; never changes within a run, or bits differ
-    context: int = 256
-    decode_steps: int = 4  # tokens a dispatch
-    max_turns: int = 8
-    max_turn_tokens: int = 96
-    max_sampled_tokens: int = 320
-    max_tool_tokens: int = 128  # longer tool text is cut, in tokens
-    min_tokens_first_turn: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
+    rows: Positive = 64  # compiled rows; never changes within a run, or bits differ
+    context: Positive = 256
+    decode_steps: Positive = 4  # tokens a dispatch
+    max_turns: Positive = 8
+    max_turn_tokens: Positive = 96
+    max_sampled_tokens: Positive = 320
+    max_tool_tokens: Positive = 128  # longer tool text is cut, in tokens
+    min_tokens_first_turn: Count = 0
+    temperature: Rate = 1.0
+    top_p: Share = 1.0
+    top_k: Count = 0  # 0: off
 
 
 @dataclass(frozen=True)
 class GrpoConfig:
-    steps: int = 20
-    prompts: int = 8
-    group: int = 16
+    steps: Count = 20
+    prompts: Positive = 8
+    group: Positive = 16
     advantage: Literal["paper", "calibrated"] = "calibrated"
-    process_weight: float = 0.5  # c of the calibrated advantage
-    kl_coef: float = 0.02
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    minibatches: int = 1  # optimizer steps a batch of rollouts
-    tokens_per_batch: int = 2048
+    process_weight: Rate = 0.5  # c of the calibrated advantage
+    kl_coef: Rate = 0.02
+    clip_low: Share = 0.2
+    clip_high: Rate = 0.2
+    minibatches: Positive = 1  # optimizer steps a batch of rollouts
+    tokens_per_batch: Positive = 2048
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, adam_learning_rate=3e-4, warmup_steps=2, schedule="constant")
-    checkpoint_every: int = 5
-    validate_every: int = 5
+    checkpoint_every: Positive = 5
+    validate_every: Positive = 5
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    temperature: float = 0.0
-    bootstrap: int = 10_000
+    temperature: Rate = 0.0
+    bootstrap: Positive = 10_000
 
 
 @dataclass(frozen=True)
@@ -208,7 +204,7 @@ class Config:
     """A whole run. Each stage reads its own part; `seed` reaches every random draw by derivation."""
 
     name: str = "demo"
-    seed: int = 0
+    seed: Count = 0
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
@@ -297,7 +293,10 @@ def load_config(path: str | Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
     if path.suffix == ".json":
-        return Config.from_json(json.loads(path.read_text()))
+        try:
+            return Config.from_json(json.loads(path.read_text()))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"config file {path} is no JSON: {error}") from error
     get_config = runpy.run_path(str(path)).get("get_config")
     if get_config is None:
         raise ConfigError(f"{path} defines no get_config()")

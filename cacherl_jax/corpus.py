@@ -12,6 +12,8 @@ from cacherl_jax.types import Task, ToolProvider, ToolSpec, Transcript
 class Corpus(Protocol):
     specs: dict[str, ToolSpec]
     provenance: ClassVar[dict[str, str]]  # source and licence, carried into the stores
+    problems: list[str]  # a line for each record that was left out
+    differences: list[str]  # how the files differ from those of the published figures
 
     def tasks(self, split: str) -> list[Task]: ...
 
@@ -29,6 +31,7 @@ class WorldCorpus:
         from cacherl_jax.tools.world import tool_specs
 
         self._config, self.specs = config, tool_specs()
+        self.problems, self.differences = [], []
 
     def tasks(self, split: str) -> list[Task]:
         from cacherl_jax.tools.world import make_tasks

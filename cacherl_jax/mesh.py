@@ -51,12 +51,17 @@ def parameter_sharding(mesh: Mesh, shape: Sequence[int], logical: Sequence[str],
     return NamedSharding(mesh, P(*axes))
 
 
+def row_ways(mesh: Mesh) -> int:
+    """In how many parts a batch's rows are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def place(batch: Any, mesh: Mesh) -> Any:
     """`batch`, a pytree of arrays with rows first, with its rows split over (data, fsdp).
 
     Raises ConfigError when the number of rows does not divide.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_ways(mesh)
 
     def put(x: Any) -> jax.Array:
         if x.shape[0] % ways:

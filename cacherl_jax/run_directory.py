@@ -1,12 +1,13 @@
 """The folder of one run: which stages are done, with which configuration, and how much CPU time they took.
 
-    OUT/run.json            configuration, versions
-    OUT/<stage>/            what the stage wrote
-    OUT/<stage>/done.json   written last: the stage's result and the configuration it depends on
-    OUT/cpu.jsonl           CPU-seconds of every attempt, those ended by Ctrl-C included, by kill -9 not
+    OUT/run.json                configuration and versions of the command that last ran a stage
+    OUT/<stage>/                what the stage wrote
+    OUT/<stage>/settings.json   written first: the configuration that the stage depends on
+    OUT/<stage>/done.json       written last: the stage's result
+    OUT/cpu.jsonl               CPU-seconds of every attempt, those ended by Ctrl-C included, by kill -9 not
 
-A stage that is done is not run again. A stage that was done with other settings is refused with the difference: results of
-two configurations never mix in one folder.
+A stage that is done is not run again, one that was interrupted goes on. A stage that was begun with other settings is
+refused with the difference: results of two configurations never mix in one folder.
 """
 
 from __future__ import annotations
@@ -32,29 +33,32 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunDirectory:
-    """`out` with the bookkeeping of stages. Creating one writes run.json; nothing else is touched."""
+    """`out` with the bookkeeping of stages. Creating one writes nothing."""
 
     def __init__(self, out: Path, config: Config) -> None:
         if out.exists() and not out.is_dir():
             raise ConfigError(f"--out {out} is a file, expected a folder")
         self.out, self.config = out, config
-        write_json(out / "run.json", {"config": config.to_json(), "versions": versions.installed()})
 
     def done(self, stage: str) -> dict[str, Any] | None:
-        """The result of a finished stage, else None. Raises ConfigError when it ran with other settings."""
+        """The result of a finished stage, else None. Raises ConfigError when it was begun with other settings."""
+        self._refuse_other_settings(stage)
         path = self.out / stage / "done.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def _refuse_other_settings(self, stage: str) -> None:
+        path = self.out / stage / "settings.json"
         if not path.is_file():
-            return None
+            return
         saved = json.loads(path.read_text())
-        current = self._part(saved["settings"])
-        if current != saved["settings"]:
-            then, now = _flat(saved["settings"]), _flat(current)
+        current = self._part(saved)
+        if current != saved:
+            then, now = _flat(saved), _flat(current)
             changed = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in now if then.get(k) != now[k]]
             raise ConfigError(
                 f"{self.out / stage} was made with other settings ({'; '.join(changed)}). "
                 f"Choose another --out, or delete {self.out / stage} and the stages after it."
             )
-        return saved["result"]
 
     def require(self, stage: str) -> dict[str, Any]:
         """The result of a stage that must have run before."""
@@ -69,11 +73,11 @@ class RunDirectory:
         if result is not None:
             return result
         folder = self.out / stage
-        folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.out / "run.json", {"config": self.config.to_json(), "versions": versions.installed()})
+        write_json(folder / "settings.json", self._part(parts))
         with self._cpu_time(stage):
             result = body(folder)
-        settings = self._part(parts)
-        write_json(folder / "done.json", {"settings": settings, "result": result})
+        write_json(folder / "done.json", result)
         return result
 
     def cpu_seconds(self) -> dict[str, float]:

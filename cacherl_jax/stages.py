@@ -27,9 +27,10 @@ from cacherl_jax.cache.best_effort import Simulator
 from cacherl_jax.cache.imports import describe
 from cacherl_jax.cache.lookup import CachedTools, record_transcript
 from cacherl_jax.cache.snapshot import snapshot_id
-from cacherl_jax.cache.store import SQLiteStore
-from cacherl_jax.config import Config, ModelConfig
+from cacherl_jax.cache.store import SQLiteStore, StoreError
+from cacherl_jax.config import Config, ConfigError, ModelConfig
 from cacherl_jax.evaluate import coverage, intervals, process_accuracy, report
+from cacherl_jax.mesh import make_mesh
 from cacherl_jax.model import qwen3
 from cacherl_jax.reward import answer, process
 from cacherl_jax.rollout import runner
@@ -47,6 +48,7 @@ from cacherl_jax.types import Task, ToolProvider, ToolSpec, Trajectory, Transcri
 SPLITS = ("train", "validation", "test")
 STORES = {"train": "training.sqlite", "validation": "validation.sqlite", "test": "evaluation.sqlite"}
 EXPERT = "expert"
+POLICIES = ("sft", "expert_sft", "grpo")
 
 # The configuration that each stage depends on.
 RECORD = ("seed", "data", "cache.key")
@@ -66,7 +68,7 @@ def record(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, An
         corpus = corpora.open_corpus(run.config)
         specs = corpus.specs
         write_json(folder / "tools.json", specs_to_json(specs))
-        result: dict[str, Any] = {"tools": len(specs)}
+        result: dict[str, Any] = {"tools": len(specs), "left_out": corpus.problems, "differs_from_published": corpus.differences}
         for split in SPLITS:
             tasks = corpus.tasks(split)
             _write_lines(folder / f"tasks.{split}.jsonl", (t.to_json() for t in tasks))
@@ -118,7 +120,10 @@ def think(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any
             # Tools that training never shows get no tokens of their own: their definitions are read as text.
             used = {name for transcript in thought for name in transcript.tools}
             runs = chat.template_runs([spec for name, spec in specs.items() if name in used])
-            tok = train_tokenizer(texts, runs, run.config.tokenizer.vocab_size)
+            try:
+                tok = train_tokenizer(texts, runs, run.config.tokenizer.vocab_size)
+            except ValueError as error:
+                raise ConfigError(f"tokenizer.vocab_size: {error}") from error
         tok.save(folder / "tokenizer")
         return {"transcripts": len(thought), "unreadable": problems, "vocab_size": tok.vocab_size} | counts.to_json()
 
@@ -233,12 +238,12 @@ def evaluate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, 
 
 
 def _policies(run: RunDirectory) -> list[str]:
-    return [p for p in ("sft", "expert_sft", "grpo") if run.done(p) is not None]
+    return [p for p in POLICIES if run.done(p) is not None]
 
 
 def _correct(path: Path, tasks: Sequence[Task], specs: Mapping[str, ToolSpec]) -> list[float]:
     trajectories = load_trajectories(path)
-    return [process_accuracy.process_accuracy(t, r.calls, specs) for t, r in zip(tasks, trajectories, strict=True)]
+    return [process_accuracy.process_accuracy(t, r.calls_made, specs) for t, r in zip(tasks, trajectories, strict=True)]
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -264,7 +269,7 @@ def summarise(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str,
         "gain": results["gain"],
         "families": {},
     }
-    for policy in _policies(run):
+    for policy in [p for p in POLICIES if f"{p}.{source}" in results]:
         measured = results[f"{policy}.{source}"]
         summary[policy] = _headline(measured)
         summary["families"][policy] = measured["families"]
@@ -327,7 +332,7 @@ def _rewards(task: Task, trajectory: Trajectory, specs: Mapping[str, ToolSpec]) 
     return {
         "answer": answer.answer_reward(task, trajectory),
         "process": parts.total,
-        "correct": process_accuracy.process_accuracy(task, trajectory.calls, specs),
+        "correct": process_accuracy.process_accuracy(task, trajectory.calls_made, specs),
     }
 
 
@@ -355,6 +360,9 @@ def model_config(run: RunDirectory) -> Config:
 
 def open_cache(run: RunDirectory, split: str, specs: Mapping[str, ToolSpec]) -> CachedTools:
     store, config = SQLiteStore(run.out / "record" / STORES[split], mode="r"), run.config.cache
+    recorded, found = run.require("record")[split]["snapshot"], snapshot_id(store)
+    if found != recorded:
+        raise StoreError(f"store {store.path} has changed since it was recorded: snapshot {found}, recorded as {recorded}")
     simulator = None
     if config.best_effort == "simulator":
         # Replies of one split's calls are kept apart: what training was told is never told in evaluation.
@@ -364,7 +372,7 @@ def open_cache(run: RunDirectory, split: str, specs: Mapping[str, ToolSpec]) -> 
 
 def load_policy(run: RunDirectory, stage: str, config: Config) -> qwen3.Qwen3:
     """The trained model of a finished stage."""
-    like = qwen3.init(config.model, jax.random.key(0))
+    like = qwen3.init(config.model, jax.random.key(0), make_mesh(config.mesh))
     return checkpoint.restore_model(run.out / stage / "checkpoints", like)
 
 
@@ -376,5 +384,5 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     temporary = path.with_name(path.name + ".partial")
     with temporary.open("w") as f:
         for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            f.write(json.dumps(row) + "\n")  # in ASCII: JSON can spell halves of surrogate pairs, UTF-8 cannot
     temporary.replace(path)

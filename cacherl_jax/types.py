@@ -345,6 +345,17 @@ class Trajectory:
         return tuple(o.call for o in self.observations if o.call.name or o.call.arguments)
 
     @property
+    def refused(self) -> tuple[bool, ...]:
+        """Of each of `calls`, whether the loop refused it: it was never made, however near it is to one that could be."""
+        return tuple(o.tier is Tier.LOOP for o in self.observations if o.call.name or o.call.arguments)
+
+    @property
+    def calls_made(self) -> tuple[ToolCall, ...]:
+        """`calls` as metrics count them: a refused one stands without a name, equal to no call of a reference."""
+        pairs = zip(self.calls, self.refused, strict=True)
+        return tuple(ToolCall("", f"{c.name} {c.arguments}") if refused else c for c, refused in pairs)
+
+    @property
     def worst_tier(self) -> Tier | None:
         return worst_tier([o.tier for o in self.observations])
 

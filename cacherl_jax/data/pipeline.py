@@ -65,13 +65,19 @@ def collate(rows: Sequence[Row], length: int, count: int) -> Batch:
     )
 
 
-def bucketed(rows: Sequence[Row], buckets: Sequence[int], tokens_per_batch: int) -> list[tuple[Batch, list[int]]]:
+def rows_per_batch(length: int, tokens_per_batch: int, ways: int) -> int:
+    """Rows of a batch whose rows have `length` tokens: about `tokens_per_batch` tokens, a multiple of the `ways` in which
+    the mesh splits rows."""
+    return max(1, tokens_per_batch // (length * ways)) * ways
+
+
+def bucketed(rows: Sequence[Row], buckets: Sequence[int], tokens_per_batch: int, ways: int) -> list[tuple[Batch, list[int]]]:
     """All rows once, in order, as batches of the bucket shapes: (batch, indices of its rows)."""
     index_N = assign_buckets(np.array([len(r.tokens_T) for r in rows], int), buckets)
     out = []
     for bucket, length in enumerate(buckets):
         members = np.flatnonzero(index_N == bucket).tolist()
-        count = max(1, tokens_per_batch // length)
+        count = rows_per_batch(length, tokens_per_batch, ways)
         for start in range(0, len(members), count):
             chosen = members[start : start + count]
             out.append((collate([rows[i] for i in chosen], length, count), chosen))
@@ -81,14 +87,14 @@ def bucketed(rows: Sequence[Row], buckets: Sequence[int], tokens_per_batch: int)
 class EpochBatches:
     """The batches of a run over `rows`, addressed by step. Epochs differ in order; the number of batches does not."""
 
-    def __init__(self, rows: Sequence[Row], *, tokens_per_batch: int, seed: int) -> None:
+    def __init__(self, rows: Sequence[Row], *, tokens_per_batch: int, seed: int, ways: int = 1) -> None:
         if not rows:
             raise ValueError("no rows to train on: every transcript was filtered out or the file is empty")
         self._rows, self._seed = rows, seed
         lengths_N = np.array([len(r.tokens_T) for r in rows], int)
         self._buckets = bucket_lengths(int(lengths_N.max()))
         self._index_N = assign_buckets(lengths_N, self._buckets)
-        self._counts = [max(1, tokens_per_batch // length) for length in self._buckets]
+        self._counts = [rows_per_batch(length, tokens_per_batch, ways) for length in self._buckets]
         members = np.bincount(self._index_N, minlength=len(self._buckets))
         self.batches_per_epoch = int(sum(-(-m // c) for m, c in zip(members, self._counts, strict=True)))
         self._epoch, self._plan = -1, []

@@ -82,16 +82,23 @@ def to_transcript(dialogue: Mapping[str, Any], specs: Mapping[str, ToolSpec]) ->
             calls = []
             for i, frame in enumerate(called):
                 name = f"{frame['service']}.{frame['service_call']['method']}"
-                arguments = json.dumps(frame["service_call"]["parameters"], ensure_ascii=False)
+                parameters = frame["service_call"]["parameters"]
+                if not isinstance(parameters, dict):
+                    raise TypeError(f"parameters of {name} are {type(parameters).__name__}, expected an object")
+                arguments = json.dumps(parameters, ensure_ascii=False)
                 calls.append(ToolCall(name, arguments, id=f"call_{len(messages)}_{i}"))
             messages.append(Message("assistant", tool_calls=tuple(calls)))
             for call, frame in zip(calls, called, strict=True):
                 result = json.dumps(frame["service_results"], ensure_ascii=False)
                 messages.append(Message("tool", result, tool_call_id=call.id))
         messages.append(Message("assistant", text))
-    services = dialogue["services"]
-    tools = tuple(name for name in specs if name.split(".")[0] in services)
-    return Transcript(dialogue["dialogue_id"], dialogue["dialogue_id"], "sgd", tools, tuple(messages))
+    if not any(message.role == "user" for message in messages):
+        raise ValueError("the user says nothing")
+    services, name = dialogue["services"], dialogue["dialogue_id"]
+    if not isinstance(name, str):
+        raise TypeError(f"dialogue_id is {type(name).__name__}, expected text")
+    tools = tuple(tool for tool in specs if tool.split(".")[0] in services)
+    return Transcript(name, name, "sgd", tools, tuple(messages))
 
 
 # ---- which files the published figures used --------------------------------------------------------------------------

@@ -15,8 +15,6 @@ from cacherl_jax.types import Task, Transcript
 def to_task(transcript: Transcript, split: str, family: str) -> Task:
     """The dialogue as a task. Facts are empty: what a recorded assistant chose to say is no yardstick for an answer."""
     users = [m.content for m in transcript.messages if m.role == "user"]
-    if not users:
-        raise ValueError(f"dialogue {transcript.id} has no user turn")
     first = next(i for i, m in enumerate(transcript.messages) if m.role == "user")
     return Task(
         id=transcript.id,
@@ -56,6 +54,7 @@ class SgdCorpus:
             "test": test[: config.test_tasks],
         }
         self.problems = train.problems + dev.problems
+        self.differences = sgd.manifest_differences(root)
 
     def tasks(self, split: str) -> list[Task]:
         return [to_task(t, split, self._family(t)) for t in self._splits[split]]

@@ -78,7 +78,7 @@ def evaluate(tasks: Sequence[Task], trajectories: Sequence[Trajectory], specs: M
     for task, trajectory in zip(tasks, trajectories, strict=True):
         if task.id != trajectory.task_id:
             raise ValueError(f"trajectory of task {trajectory.task_id!r} stands where {task.id!r} is expected")
-        value = process_accuracy(task, trajectory.calls, specs)
+        value = process_accuracy(task, trajectory.calls_made, specs)
         worst = trajectory.worst_tier
         correct.append(value)
         by_family[task.family].append(value)
@@ -87,7 +87,7 @@ def evaluate(tasks: Sequence[Task], trajectories: Sequence[Trajectory], specs: M
     pairs = list(zip(tasks, trajectories, strict=True))
     return Evaluation(
         process=wilson(sum(correct), len(correct)),
-        milestones=bootstrap_mean([milestone_share(task, t.calls, specs) for task, t in pairs]),
+        milestones=bootstrap_mean([milestone_share(task, t.calls_made, specs) for task, t in pairs]),
         answer=bootstrap_mean([answer_reward(task, t) for task, t in pairs]),
         calls_per_task=sum(len(t.calls) for t in trajectories) / max(1, len(trajectories)),
         families={k: wilson(sum(v), len(v)) for k, v in sorted(by_family.items())},

@@ -36,12 +36,14 @@ WEIGHTS = {"names": 0.2, "parameters": 0.1, "values": 0.3, "milestones": 0.4}
 
 def process_reward(task: Task, trajectory: Trajectory, specs: Mapping[str, ToolSpec]) -> ProcessReward:
     """The reward of an episode's calls, failed and malformed ones included."""
-    scored = (match_calls(reference, trajectory.calls, specs) for reference in task.references)
+    scored = (match_calls(reference, trajectory.calls, specs, trajectory.refused) for reference in task.references)
     return max(scored, key=lambda r: r.total)
 
 
-def match_calls(reference: Sequence[ToolCall], calls: Sequence[ToolCall], specs: Mapping[str, ToolSpec]) -> ProcessReward:
-    """Scores `calls` against one reference sequence."""
+def match_calls(
+    reference: Sequence[ToolCall], calls: Sequence[ToolCall], specs: Mapping[str, ToolSpec], refused: Sequence[bool]
+) -> ProcessReward:
+    """Scores `calls` against one reference sequence. Those that were `refused` can match in part, never exactly."""
     if not reference:
         value = float(not calls)
         return ProcessReward(value, value, value, value, value, value)
@@ -50,7 +52,7 @@ def match_calls(reference: Sequence[ToolCall], calls: Sequence[ToolCall], specs:
     rows = [[nothing] * (len(calls) + 1) for _ in range(len(reference) + 1)]
     for i, wanted in enumerate(reference):
         for j, made in enumerate(calls):
-            parts = _match(wanted, made, specs)
+            parts = _match(wanted, made, specs, refused[j])
             worth = sum(w * p for w, p in zip(WEIGHTS.values(), parts, strict=True))
             before, sums = rows[i][j]
             paired = (before + worth, tuple(a + b for a, b in zip(sums, parts, strict=True)))
@@ -62,12 +64,14 @@ def match_calls(reference: Sequence[ToolCall], calls: Sequence[ToolCall], specs:
     return ProcessReward(names, parameters, values, milestones, economy, total / n * economy)
 
 
-def _match(wanted: ToolCall, made: ToolCall, specs: Mapping[str, ToolSpec]) -> tuple[float, float, float, float]:
+def _match(
+    wanted: ToolCall, made: ToolCall, specs: Mapping[str, ToolSpec], refused: bool
+) -> tuple[float, float, float, float]:
     """(names, parameters, values, exact) of one pair; nothing counts where the tool differs."""
     if wanted.name != made.name:
         return 0.0, 0.0, 0.0, 0.0
     spec = specs.get(wanted.name)
-    if canonical_call(wanted, spec) == canonical_call(made, spec):
+    if not refused and canonical_call(wanted, spec) == canonical_call(made, spec):
         return 1.0, 1.0, 1.0, 1.0
     try:
         ours, theirs = made.parsed(), wanted.parsed()
@@ -75,6 +79,6 @@ def _match(wanted: ToolCall, made: ToolCall, specs: Mapping[str, ToolSpec]) -> t
         return 1.0, 0.0, 0.0, 0.0
     both, either = ours.keys() & theirs.keys(), ours.keys() | theirs.keys()
     if not either:
-        return 1.0, 1.0, 1.0, 1.0
+        return 1.0, 1.0, 1.0, 0.0
     equal = sum(ours[k] == theirs[k] for k in both)
     return 1.0, len(both) / len(either), equal / len(either), 0.0

@@ -48,7 +48,8 @@ class Episode:
         opening: Sequence[Piece],
     ) -> None:
         self.task, self.sample, self.turn = task, sample, 0
-        self._tok, self._specs, self._session, self._config = tok, specs, session, config
+        self._tok, self._session, self._config = tok, session, config
+        self._specs = {name: specs[name] for name in task.tools}  # a tool that the task does not list is unknown to it
         self._opening = list(opening)
         self._pieces: list[Piece] = []
         self._logprobs: list[float] = []

@@ -178,14 +178,15 @@ def tool_results(tok: Tokenizer, contents: Sequence[str], max_tokens: int) -> li
     return pieces
 
 
-# No byte-level token spells more than this many characters in practice; bounds the work on results of megabytes.
+# Bounds the work on results of megabytes. Tokens of more characters, long runs of one, shorten the beginning that is kept.
 _CHARACTERS_PER_TOKEN = 32
 
 
 def cut(tok: Tokenizer, content: str, max_tokens: int) -> str:
-    """`content`, or its longest beginning of at most `max_tokens` tokens that ends on a whole character."""
-    ids = tok.encode_content(content[: (max_tokens + 1) * _CHARACTERS_PER_TOKEN])
-    return content if len(ids) <= max_tokens else tok.decode(ids[:max_tokens]).rstrip("\ufffd")
+    """`content`, or a beginning of it of at most `max_tokens` tokens that ends on a whole character."""
+    beginning = content[: (max_tokens + 1) * _CHARACTERS_PER_TOKEN]
+    ids = tok.encode_content(beginning)
+    return beginning if len(ids) <= max_tokens else tok.decode(ids[:max_tokens]).rstrip("\ufffd")
 
 
 def transcript_tokens(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import itertools
 import json
@@ -83,19 +82,20 @@ def specs_from_json(rows: Sequence[Mapping[str, Any]]) -> dict[str, ToolSpec]:
     return specs
 
 
-_live_forbidden: contextvars.ContextVar[bool] = contextvars.ContextVar("live_forbidden", default=False)
+_guards: list[object] = []  # of the whole process: a thread that a tool runs in is guarded as well
 _live_calls = itertools.count()
 _live_seen = 0
 
 
 @contextlib.contextmanager
 def forbid_live() -> Iterator[None]:
-    """Inside, running a live tool raises LiveToolError."""
-    token = _live_forbidden.set(True)
+    """Inside, running a live tool raises LiveToolError, in whatever thread."""
+    guard = object()
+    _guards.append(guard)
     try:
         yield
     finally:
-        _live_forbidden.reset(token)
+        _guards.remove(guard)
 
 
 def live_call_count() -> int:
@@ -105,7 +105,7 @@ def live_call_count() -> int:
 
 def refuse_live(call: ToolCall) -> None:
     """Raises LiveToolError inside `forbid_live()`. Whoever is about to reach a live tool asks here first."""
-    if _live_forbidden.get():
+    if _guards:
         raise LiveToolError(f"live tool {call.name} was called where only the cache may answer: {call.arguments[:200]}")
 
 

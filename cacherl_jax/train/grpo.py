@@ -138,7 +138,7 @@ def train(
                     with checkpoint.uninterrupted():  # the model, the number of steps and the metrics change together
                         values: dict[str, Any] = {}
                         for part in np.array_split(np.arange(len(rows)), grpo.minibatches):
-                            batches = bucketed([rows[i] for i in part], buckets, grpo.tokens_per_batch)
+                            batches = bucketed([rows[i] for i in part], buckets, grpo.tokens_per_batch, mesh.row_ways(devices))
                             gradients, values = steps.accumulate(
                                 gradients_of, state.model, [mesh.place(batch, devices) for batch, _ in batches]
                             )
@@ -171,7 +171,7 @@ def _rows(reference: qwen3.Qwen3, scored: Scored, buckets: Sequence[int], config
         Row(t.tokens_T, t.sampled_T, float(a), t.logprobs_T) for t, a in zip(scored.trajectories, scored.advantage_N, strict=True)
     ]
     reference_logprobs: list[np.ndarray | None] = [None] * len(rows)
-    for batch, members in bucketed(rows, buckets, config.grpo.tokens_per_batch):
+    for batch, members in bucketed(rows, buckets, config.grpo.tokens_per_batch, mesh.row_ways(devices)):
         logprobs_BT = np.asarray(steps.score(reference, mesh.place(batch, devices)))
         for b, i in enumerate(members):
             reference_logprobs[i] = logprobs_BT[b, : len(rows[i].tokens_T)]
@@ -185,4 +185,4 @@ def write_rollouts(path: Path, scored: Scored) -> None:
     with path.open("w") as f:
         for trajectory, a, p, w, advantage in columns:
             rewards = {"answer": float(a), "process": float(p), "weight": float(w), "advantage": float(advantage)}
-            f.write(json.dumps(trajectory.to_json() | {"rewards": rewards}, ensure_ascii=False) + "\n")
+            f.write(json.dumps(trajectory.to_json() | {"rewards": rewards}) + "\n")

@@ -51,7 +51,7 @@ def train(
     state = steps.TrainState.create(qwen3.init(config.model, jax.random.key(config.seed), devices), tx)
     with checkpoint.Checkpoints(directory / "checkpoints", keep=1) as saved:
         done, state = saved.restore(state) or (0, state)
-        batches = EpochBatches(rows, tokens_per_batch=config.sft.tokens_per_batch, seed=config.seed)
+        batches = EpochBatches(rows, tokens_per_batch=config.sft.tokens_per_batch, seed=config.seed, ways=mesh.row_ways(devices))
         update = steps.make_update(tx)
         log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done)
         try:

@@ -45,7 +45,10 @@ class ScriptedTeacher:
         return "It is done." if past[-1].role == "tool" else "No more tools are needed."
 
     def _why(self, past: Sequence[Message], call: ToolCall) -> str:
-        arguments = call.parsed()
+        try:
+            arguments = call.parsed()
+        except (ValueError, RecursionError):
+            arguments = {}  # no JSON: nothing to say about where its values are from
         if not arguments:
             return f"Next {call.name}."
         sources = {self._source(past, value) for value in arguments.values()}

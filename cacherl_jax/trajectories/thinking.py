@@ -36,7 +36,6 @@ def add_thinking(transcript: Transcript, teacher: Teacher, report: ThinkingRepor
     Reasoning that names a value which only later results contain is rejected: the message then gets an empty block.
     """
     messages = transcript.messages
-    final = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
     out: list[Message] = []
     for i, message in enumerate(messages):
         if message.role != "assistant":
@@ -44,7 +43,7 @@ def add_thinking(transcript: Transcript, teacher: Teacher, report: ThinkingRepor
         elif message.reasoning:
             report.kept += 1
             out.append(message)
-        elif message.content and i != final and teacher.classify(messages[:i], message) == "analytical":
+        elif _goes_on(messages, i) and message.content and teacher.classify(messages[:i], message) == "analytical":
             report.wrapped += 1
             out.append(dataclasses.replace(message, reasoning=message.content, content=""))
         else:
@@ -60,6 +59,12 @@ def add_thinking(transcript: Transcript, teacher: Teacher, report: ThinkingRepor
     return thought
 
 
+def _goes_on(messages: Sequence[Message], i: int) -> bool:
+    """Whether the assistant acts on before the user speaks again. Text that ends its turn is for the user, however it
+    sounds: as reasoning it would leave the turn empty."""
+    return bool(messages[i].tool_calls) or (i + 1 < len(messages) and messages[i + 1].role == "assistant")
+
+
 def check_unchanged(before: Transcript, after: Transcript) -> None:
     """Raises ValueError naming the first call, result, error or user text that differs."""
     if len(before.messages) != len(after.messages):
@@ -71,23 +76,30 @@ def check_unchanged(before: Transcript, after: Transcript) -> None:
             raise ValueError(f"{before.id}, message {i}: {a} became {b}")
 
 
-_VALUE = re.compile(r"\w+(?:[.@:/-]\w+)*")
+_WORD = re.compile(r"\w+(?:[.@:/-]\w+)*")
 
 
 def leaks(reasoning: str, past: Sequence[Message], message: Message, future: Sequence[Message]) -> bool:
-    """Whether the reasoning names a value that stands in a later tool result and nowhere up to the message itself."""
-    known = " ".join([*(m.content for m in past), message.content, *(c.name + c.arguments for c in message.tool_calls)])
-    known += " ".join(c.name + c.arguments for m in past for c in m.tool_calls)
-    later = {str(v) for m in future if m.role == "tool" for v in _leaves(m.content)}
-    return any(word in later and word not in known for word in _VALUE.findall(reasoning))
+    """Whether the reasoning names a value, of one word or several, that stands in a later tool result and nowhere up to the
+    message itself."""
+    calls = [c for m in (*past, message) for c in m.tool_calls]
+    known = _words(" ".join([*(m.content for m in (*past, message)), *(f"{c.name} {c.arguments}" for c in calls)]))
+    said = _words(reasoning)
+    later = {_words(str(v)) for m in future if m.role == "tool" for v in _leaves(m.content)}
+    return any(value.strip() and value in said and value not in known for value in later)
+
+
+def _words(text: str) -> str:
+    """The words of a text in one form, each between spaces, so that a run of words is found as a substring."""
+    return f" {' '.join(_WORD.findall(text.lower()))} "
 
 
 def _leaves(content: str) -> list[Any]:
-    """The scalar values of a result; the whole text where it is not JSON."""
+    """The scalar values of a result as JSON writes them; the words of a text that is not JSON."""
     try:
         stack = [json.loads(content)]
-    except ValueError:
-        return _VALUE.findall(content)
+    except (ValueError, RecursionError):
+        return _WORD.findall(content)
     leaves = []
     while stack:
         value = stack.pop()
@@ -96,5 +108,5 @@ def _leaves(content: str) -> list[Any]:
         elif isinstance(value, list):
             stack += value
         else:
-            leaves.append(value)
+            leaves.append(value if isinstance(value, str) else json.dumps(value))
     return leaves

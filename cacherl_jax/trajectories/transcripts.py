@@ -32,7 +32,7 @@ def write_transcripts(path: Path, transcripts: Iterable[Transcript]) -> int:
     count = 0
     with temporary.open("w", encoding="utf-8") as f:
         for transcript in transcripts:
-            f.write(json.dumps(transcript.to_json(), ensure_ascii=False) + "\n")
+            f.write(json.dumps(transcript.to_json()) + "\n")  # in ASCII: JSON can spell halves of surrogate pairs, UTF-8 cannot
             count += 1
     os.replace(temporary, path)
     return count

@@ -32,7 +32,8 @@ def main() -> None:
     correct = {}
     for policy in ("sft", "grpo"):
         trajectories = stages.load_trajectories(out / "eval" / f"{policy}.cached.jsonl")
-        correct[policy] = [process_accuracy.process_accuracy(t, r.calls, specs) for t, r in zip(tasks, trajectories, strict=True)]
+        pairs = zip(tasks, trajectories, strict=True)
+        correct[policy] = [process_accuracy.process_accuracy(t, r.calls_made, specs) for t, r in pairs]
         for group in ("seen", "unseen"):
             chosen = [i for i, t in enumerate(tasks) if t.family.startswith(group + "/")]
             measured = process_accuracy.evaluate([tasks[i] for i in chosen], [trajectories[i] for i in chosen], specs)

@@ -29,7 +29,7 @@ def observed(call, tier=Tier.EXACT, fidelity=1.0):
 
 
 def total(calls, reference=(A, B, C)):
-    return match_calls(reference, calls, {}).total
+    return match_calls(reference, calls, {}, [False] * len(calls)).total
 
 
 def test_process_reward_orders_episodes_as_a_teacher_would():
@@ -44,7 +44,7 @@ def test_process_reward_orders_episodes_as_a_teacher_would():
 
 
 def test_process_reward_parts_by_hand():
-    made = match_calls((A, B), (A, ToolCall.of("b", x=2, q=0)), {})
+    made = match_calls((A, B), (A, ToolCall.of("b", x=2, q=0)), {}, [False, False])
     assert (made.names, made.parameters, made.values, made.milestones) == (1.0, (1 + 1 / 3) / 2, 0.5, 0.5)
     assert made.total == pytest.approx(0.2 * 1.0 + 0.1 * 2 / 3 + 0.3 * 0.5 + 0.4 * 0.5)
     abstained = process_reward(task(), trajectory(), {})

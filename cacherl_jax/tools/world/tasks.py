@@ -42,6 +42,14 @@ class _Episode:
             if where(getattr(self.rows, table)[key]):
                 return key, getattr(self.rows, table)[key]
 
+    def two(self, table: str) -> tuple[str, str]:
+        """Two different rows."""
+        first, _ = self.pick(table)
+        second = first
+        while second == first:
+            second, _ = self.pick(table)
+        return first, second
+
     def person(self) -> str:
         return self.pick("people")[0]
 
@@ -119,7 +127,7 @@ def _chain(e: _Episode, kind: str) -> Entities:
         return {"customer_id": customer_id}
     if kind == "send":
         amount = int(e.rng.integers(1, 10)) * 10
-        name, other = e.person(), e.person()
+        name, other = e.two("people")
         source = e.call("find_account", name=name)["account_id"]
         target = e.call("find_account", name=other)["account_id"]
         e.call("transfer", source=source, target=target, amount=amount)
@@ -151,7 +159,7 @@ def _write_then_read(e: _Episode, kind: str) -> Entities:
         e.answer(e.call("get_order", order_id=order_id)["status"])
         return {"order_id": order_id}
     if kind == "transfer_check":
-        (source, _), (target, _) = e.pick("accounts"), e.pick("accounts")
+        source, target = e.two("accounts")
         amount = int(e.rng.integers(1, 10)) * 10
         e.call("transfer", source=source, target=target, amount=amount)
         e.answer(e.call("get_balance", account_id=source)["balance"])
@@ -221,7 +229,7 @@ _MAKERS: dict[str, Callable[[_Episode, str], Entities]] = {
 def _orders(kind: str, calls: list[ToolCall]) -> tuple[tuple[ToolCall, ...], ...]:
     """Every accepted order of the reference: the two accounts of a transfer may be found either way round."""
     orders = [tuple(calls)]
-    if kind == "send" and calls[0] != calls[1]:
+    if kind == "send":
         orders.append((calls[1], calls[0], *calls[2:]))
     return tuple(orders)
 

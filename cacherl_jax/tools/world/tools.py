@@ -109,6 +109,8 @@ def get_balance(db: Database, account_id: str) -> Any:
 
 @_tool("Transfer money between accounts.", reads="balances", writes="balances")
 def transfer(db: Database, source: str, target: str, amount: int) -> Any:
+    if source == target:
+        raise ToolError("same_account", f"account {source} cannot pay itself")
     giver, taker = _row(db.accounts, source, "account"), _row(db.accounts, target, "account")
     if giver["balance"] < amount:
         raise ToolError("too_little", f"account {source} has less")
