@@ -5,6 +5,7 @@ Every answer says how it was found, how near the stored call was, which entry it
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,6 +71,10 @@ class CachedTools:
         self._indices: dict[str, dict[str, tiers.ToolIndex]] = {}  # tool -> values that must agree -> index
         self._shapes: dict[str, Shape | None] = {}
         self._nearest: dict[tuple[str, str, str, str], tuple[Entry | None, float]] = {}
+        self._trust: dict[tuple[str, Tier, float], tuple[float, fidelity.Evidence]] = {}
+        # Rollouts of one task repeat each other's calls to the letter, and reading JSON is most of an exact answer's cost.
+        self._key = functools.lru_cache(maxsize=1 << 16)(self._key_of)
+        self._canonical_call = functools.lru_cache(maxsize=1 << 16)(self._canonical_call_of)
 
     def start(self, task: Task, sample: int) -> CacheSession:
         return CacheSession(self, task, sample, f"{self._seed}/{task.id}/{sample}")
@@ -86,7 +91,7 @@ class CachedTools:
     ) -> tuple[Observation, fidelity.Evidence | None]:
         """The answer, and what its fidelity rests on; None for an answer that comes from no stored result."""
         config, spec = self.config, self.specs.get(call.name)
-        if stored := self._by_key.get(call_key(call, spec, config.key, earlier)):
+        if stored := self._by_key.get(self._key(call.name, call.arguments, tuple(earlier))):
             return self._observed(call, _drawn(stored, draw), Tier.EXACT, 1.0)
         if (adapted := self._adapted(call, spec, earlier)) is not None:
             return adapted
@@ -121,11 +126,28 @@ class CachedTools:
         return made, evidence
 
     def _observed(self, call: ToolCall, entry: Entry, tier: Tier, score: float) -> tuple[Observation, fidelity.Evidence]:
-        others = sum(e.count for e in self._by_key.get(entry.key, ()) if e.kind is not Kind.SIMULATED and e.result != entry.result)
-        agreeing = entry.count if entry.kind is not Kind.SIMULATED else 0
-        evidence = fidelity.Evidence(call.name, tier, score, agreeing, others, _writes(self.specs.get(call.name)))
-        trust = fidelity.estimate(self._fidelity, self.config, evidence, entry.kind)
+        known = entry.hash, tier, score
+        if known not in self._trust:
+            stored = [e for e in self._by_key.get(entry.key, ()) if e.kind is not Kind.SIMULATED]
+            others = sum(e.count for e in stored if e.result != entry.result)
+            agreeing = entry.count if entry.kind is not Kind.SIMULATED else 0
+            evidence = fidelity.Evidence(entry.tool, tier, score, agreeing, others, _writes(self.specs.get(entry.tool)))
+            self._trust[known] = fidelity.estimate(self._fidelity, self.config, evidence, entry.kind), evidence
+        trust, evidence = self._trust[known]
         return Observation(call, entry.result, tier, entry.kind, score, entry.hash, trust, entry.age), evidence
+
+    def write_of(self, call: ToolCall, result: ToolResult) -> list[Write]:
+        """What an answered call adds to the episode's chain of writes."""
+        spec = self.specs.get(call.name)
+        if spec is None or not spec.effects.writes or result.error is not None:
+            return []
+        return [(frozenset(spec.effects.writes), self._canonical_call(call.name, call.arguments))]
+
+    def _key_of(self, name: str, arguments: str, earlier: tuple[Write, ...]) -> bytes:
+        return call_key(ToolCall(name, arguments), self.specs.get(name), self.config.key, earlier)
+
+    def _canonical_call_of(self, name: str, arguments: str) -> str:
+        return canonical_call(ToolCall(name, arguments), self.specs.get(name))
 
     def nearest(self, call: ToolCall, earlier: Sequence[Write], *, gated: bool) -> tuple[Entry | None, float]:
         """The most similar servable entry of the tool and its similarity; `gated`: among those that pass the gate."""
@@ -206,7 +228,7 @@ class CacheSession:
             raise ToolFailure(observation)
         if observation.tier is Tier.MISS and policy == "live":
             observation = self._ask_live(call)
-        written = write_of(call, self._cache.specs.get(call.name), observation.result)
+        written = self._cache.write_of(call, observation.result)
         self._earlier += written
         if written and policy == "live" and observation.tier is not Tier.LIVE:
             self._unseen.append(call)
@@ -241,6 +263,8 @@ def _writes(spec: ToolSpec | None) -> bool:
 
 def _drawn(entries: list[Entry], draw: str) -> Entry:
     """One of the results of a key, with probability proportional to its count."""
+    if len(entries) == 1:
+        return entries[0]
     total = sum(entry.count for entry in entries)
     point = int.from_bytes(hashlib.sha256(draw.encode()).digest()[:8], "big") % total
     for entry in entries:
