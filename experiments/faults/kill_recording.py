@@ -112,11 +112,13 @@ def main() -> None:
             for _ in range(min(10, args.kills - rounds)):
                 acknowledged = round_of(path, start, rng)
                 rounds += 1
-                if path.exists() and acknowledged > 0 or _usable(path):
-                    gone, kept = check(path, acknowledged, start)
-                    lost += gone
-                    unacknowledged += kept - acknowledged
-                    start = kept
+                if acknowledged == 0 and not path.exists():
+                    continue
+                SQLiteStore(path, mode="rw").close()  # killed while it was created, it opens for the next writer
+                gone, kept = check(path, acknowledged, start)
+                lost += gone
+                unacknowledged += kept - acknowledged
+                start = kept
             total += start
     figures = {
         "kills": rounds,
@@ -129,14 +131,6 @@ def main() -> None:
     }
     print(json.dumps(figures))
     sys.exit(lost > 0)
-
-
-def _usable(path: Path) -> bool:
-    """Whether the store was created before the kill; a file in between must open for the next writer."""
-    if not path.exists():
-        return False
-    SQLiteStore(path, mode="rw").close()
-    return True
 
 
 if __name__ == "__main__":
