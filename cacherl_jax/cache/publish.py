@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ def _sha256(path: Path) -> str:
 def _card(manifest: Mapping[str, Any]) -> str:
     """The dataset card. Its front matter is YAML; strings are written as JSON, which YAML includes."""
     licence, source, counts = manifest["licence"], manifest["source"], manifest["counts"]
-    slug = (licence or "unknown").strip().lower().replace(" ", "-")
+    slug = "unknown" if licence in (None, "", "not stated") else re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")
     front = [f"license: {slug}"] if slug in HUB_LICENCES else ["license: other", f"license_name: {json.dumps(slug)}"]
     front += ["tags:", "- tool-calls", "- cacherl", "configs:"]
     for name in ("entries", "recordings"):

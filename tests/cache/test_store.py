@@ -1,5 +1,6 @@
 """One contract, two stores; what happens to files that are no stores; nothing acknowledged is lost."""
 
+import contextlib
 import json
 import sqlite3
 import subprocess
@@ -90,16 +91,24 @@ def test_a_failed_transaction_leaves_nothing_and_may_fail_in_part(store):
     assert list(store.recordings()) == [ROWS[0], ROWS[3]] and store.metadata() == {}
 
 
-def test_threads_share_a_store(store):
+def test_threads_share_a_store_and_not_each_others_transactions(store):
     def work(name):
         for i in range(50):
             store.add(Recording(b"%d" % (i % 5), "f", "{}", "", ToolResult("x"), episode=f"{name}/{i}"))
+            if i % 5 == 0:
+                with contextlib.suppress(ZeroDivisionError):
+                    add_and_fail(store, ROWS[0], ROWS[3])
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(name,)) for name in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
     assert [e.count for e in store.entries()] == [80] * 5
     assert len({r.episode for r in store.recordings()}) == 400
 
