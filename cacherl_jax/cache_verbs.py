@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--set": {"action": "append", "default": [], "metavar": "cache.B=C", "help": "change one policy; may be repeated"},
     "--figure": {"type": Path, "help": "also draw a PNG (extra: report)"},
     "call": {"metavar": "CALL", "help": 'the tool\'s name and its arguments as JSON: \'find {"city": "Oslo"}\''},
+    "tools": {"metavar": "MODULE:NAME", "help": "the FunctionTools to call, such as my_package.my_tools:TOOLS"},
+    "--calls": {"type": Path, "help": "calls as JSON Lines: name, arguments, and episode where calls belong together"},
+    "--workers": {"type": int, "default": 8, "help": "episodes at a time (default 8)"},
+    "--timeout": {"type": float, "default": 30.0, "metavar": "SECONDS", "help": "a call may take (default 30)"},
     "--out": {"type": Path, "help": "the new file or folder"},
     "--ttl": {"type": float, "metavar": "SECONDS", "help": "leave out entries whose newest recording is older"},
     "--move": {"action": "store_true", "help": "set them aside; changes the snapshot's id"},
@@ -151,6 +156,27 @@ def _import_dataset(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--key and --effects are for corpora; an exported store is keyed and labelled already")
     with _open(args.store, "rw") as store:
         return {"snapshot": import_(args.path, store)}
+
+
+def _record(args: argparse.Namespace) -> dict[str, Any]:
+    from cacherl_jax.cache.recorder import record_calls
+    from cacherl_jax.metrics import progress_factory
+    from cacherl_jax.tools.functions import load_tools
+
+    if args.workers < 1 or args.timeout <= 0:
+        raise ConfigError(f"--workers {args.workers} --timeout {args.timeout}: both must be positive")
+    sys.path.insert(0, str(Path.cwd()))  # tools beside the caller, as with python -m
+    try:
+        tools = load_tools(args.tools)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    finally:
+        sys.path.pop(0)
+    progress = progress_factory(enabled=not args.json)
+    with _open(args.store, "rw") as store:
+        return record_calls(
+            tools, args.calls, store, mode=args.key or "state", workers=args.workers, timeout=args.timeout, progress=progress
+        )
 
 
 def _labelled(specs: Mapping[str, ToolSpec], path: Path) -> dict[str, ToolSpec]:
@@ -339,6 +365,11 @@ _CORPUS = ("--source", "--path", "--store")
 _SERVING = ("[--config]", "[--set]")
 VERBS: dict[str, Verb] = {
     "import": Verb("record a corpus into a store and count what it holds", _import, (*_CORPUS, "[--key]", "[--effects]")),
+    "record": Verb(
+        "make calls on Python functions and store the answers; run again, it goes on",
+        _record,
+        ("tools", "--calls", "--store", "[--key]", "[--workers]", "[--timeout]"),
+    ),
     "lookup": Verb("look a corpus up in a store and count what it would have been served", _lookup, (*_CORPUS, "[--key]")),
     "coverage": Verb(
         "how a store answers the calls of tasks: by tool, tier and turn; tasks that cannot be finished",
