@@ -1,4 +1,5 @@
-"""The verbs of `cacherl cache`: a table of what each takes and does. Each returns one JSON object, which cli.py prints.
+"""What the verbs of `cacherl cache` do, each a function of the parsed command line that returns one JSON object. cache_cli.py
+has the table of what they take.
 
 What a verb needs is imported inside it, so that `--help` answers at once.
 """
@@ -8,9 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,53 +24,6 @@ if TYPE_CHECKING:
     from cacherl_jax.types import Task, ToolCall, ToolSpec
 
 EXAMPLES = 20  # ids and rows shown of a long list
-
-
-@dataclass(frozen=True)
-class Verb:
-    """options: keys of OPTIONS, in brackets where the verb does without."""
-
-    help: str
-    run: Callable[[argparse.Namespace], dict[str, Any]]
-    options: tuple[str, ...]
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--source": {
-        "metavar": "NAME",
-        "help": "kind of corpus: sgd, star, taskmaster4, tau_bench, openai, hermes ...; see data/sources.py",
-    },
-    "--path": {"type": Path, "help": "the corpus: its folder (of one split) or file"},
-    "--store": {"type": Path, "help": "the store, an SQLite file"},
-    "--key": {"choices": ("raw", "canonical", "state"), "help": "import: default state; otherwise the store's"},
-    "--tasks": {"type": Path, "help": "tasks as JSON Lines, such as a run's record/tasks.train.jsonl"},
-    "--config": {"type": Path, "help": "a file of configs/ whose cache policies serve; default: the defaults"},
-    "--set": {"action": "append", "default": [], "metavar": "cache.B=C", "help": "change one policy; may be repeated"},
-    "--figure": {"type": Path, "help": "also draw a PNG (extra: report)"},
-    "call": {"metavar": "CALL", "help": 'the tool\'s name and its arguments as JSON: \'find {"city": "Oslo"}\''},
-    "--out": {"type": Path, "help": "the new file or folder"},
-    "--ttl": {"type": float, "metavar": "SECONDS", "help": "leave out entries whose newest recording is older"},
-    "--move": {"action": "store_true", "help": "set them aside; changes the snapshot's id"},
-    "--restore": {"action": "store_true", "help": "take all entries out of quarantine"},
-    "--effects": {"type": Path, "help": "effect labels to use instead of the corpus' own: the JSON of `cacherl cache effects`"},
-    "--level": {"type": float, "default": 0.05, "help": "false-discovery rate of relations (default 0.05)"},
-    "store_a": {"type": Path, "metavar": "A", "help": "a store"},
-    "store_b": {"type": Path, "metavar": "B", "help": "another"},
-    "--after": {"action": "append", "default": [], "metavar": "CALL", "help": "an earlier successful call of the episode"},
-}
-
-
-def add_verbs(cache: argparse.ArgumentParser) -> None:
-    """Adds a parser for each verb; its `verb` is the function to call with the arguments."""
-    parsers = cache.add_subparsers(required=True, metavar="VERB")
-    for name, verb in VERBS.items():
-        parser = parsers.add_parser(name, help=verb.help, description=verb.help)
-        for option in verb.options:
-            flag = option.strip("[]")
-            required = {"required": flag == option} if flag.startswith("--") else {}
-            parser.add_argument(flag, **OPTIONS[flag], **required)
-        parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-        parser.set_defaults(verb=verb.run)
 
 
 # ---- what verbs share ------------------------------------------------------------------------------------------------
@@ -129,7 +83,7 @@ def _parsed_call(text: str) -> ToolCall:
 # ---- filling and asking ----------------------------------------------------------------------------------------------
 
 
-def _import(args: argparse.Namespace) -> dict[str, Any]:
+def import_(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.cache.imports import import_transcripts
 
     if args.source == DATASET:
@@ -153,6 +107,27 @@ def _import_dataset(args: argparse.Namespace) -> dict[str, Any]:
         return {"snapshot": import_(args.path, store)}
 
 
+def record(args: argparse.Namespace) -> dict[str, Any]:
+    from cacherl_jax.cache.recorder import record_calls
+    from cacherl_jax.metrics import progress_factory
+    from cacherl_jax.tools.functions import load_tools
+
+    if args.workers < 1 or args.timeout <= 0:
+        raise ConfigError(f"--workers {args.workers} --timeout {args.timeout}: both must be positive")
+    sys.path.insert(0, str(Path.cwd()))  # tools beside the caller, as with python -m
+    try:
+        tools = load_tools(args.tools)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    finally:
+        sys.path.pop(0)
+    progress = progress_factory(enabled=not args.json)
+    with _open(args.store, "rw") as store:
+        return record_calls(
+            tools, args.calls, store, mode=args.key or "state", workers=args.workers, timeout=args.timeout, progress=progress
+        )
+
+
 def _labelled(specs: Mapping[str, ToolSpec], path: Path) -> dict[str, ToolSpec]:
     """The tools with the effects that a report of `infer` gives them; tools of which it knows too little keep their own."""
     from cacherl_jax.types import Effects
@@ -168,7 +143,7 @@ def _labelled(specs: Mapping[str, ToolSpec], path: Path) -> dict[str, ToolSpec]:
     return out
 
 
-def _lookup(args: argparse.Namespace) -> dict[str, Any]:
+def lookup(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.cache.imports import lookup_transcripts
 
     corpus = _corpus(args)
@@ -180,7 +155,7 @@ def _lookup(args: argparse.Namespace) -> dict[str, Any]:
     return counts | {"malformed": len(corpus.problems), "problems": corpus.problems[:EXAMPLES]}
 
 
-def _coverage(args: argparse.Namespace) -> dict[str, Any]:
+def coverage(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.evaluate import cache_figures
     from cacherl_jax.evaluate.coverage import coverage
 
@@ -211,7 +186,7 @@ def _tasks(args: argparse.Namespace) -> list[Task]:
     return [Task(t.id, t.agent, "test", t.tools, (), (calls,)) for t, calls in references if calls]
 
 
-def _explain(args: argparse.Namespace) -> dict[str, Any]:
+def explain(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.cache.explain import explain
     from cacherl_jax.cache.lookup import write_of
     from cacherl_jax.types import ToolResult
@@ -229,7 +204,7 @@ def _explain(args: argparse.Namespace) -> dict[str, Any]:
 # ---- learning from a store -------------------------------------------------------------------------------------------
 
 
-def _effects(args: argparse.Namespace) -> dict[str, Any]:
+def effects(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.cache.effects import infer
     from cacherl_jax.cache.imports import described
 
@@ -237,7 +212,7 @@ def _effects(args: argparse.Namespace) -> dict[str, Any]:
         return infer(store.recordings(), described(store)[0], args.level)
 
 
-def _fit(args: argparse.Namespace) -> dict[str, Any]:
+def fit(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.cache.fit import fit, write
     from cacherl_jax.cache.snapshot import snapshot_id
 
@@ -254,7 +229,7 @@ def _fit(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _audit(args: argparse.Namespace) -> dict[str, Any]:
+def audit(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.cache.audit import audit
     from cacherl_jax.cache.lookup import recordings
     from cacherl_jax.evaluate import cache_figures
@@ -285,21 +260,21 @@ def _audit(args: argparse.Namespace) -> dict[str, Any]:
 # ---- what a store holds ----------------------------------------------------------------------------------------------
 
 
-def _stats(args: argparse.Namespace) -> dict[str, Any]:
+def stats(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.cache.contents import stats
 
     with _open(args.store) as store:
         return stats(store)
 
 
-def _conflicts(args: argparse.Namespace) -> dict[str, Any]:
+def conflicts(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.cache.contents import conflicts
 
     with _open(args.store) as store:
         return conflicts(store)
 
 
-def _quarantine(args: argparse.Namespace) -> dict[str, Any]:
+def quarantine(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.cache.quarantine import quarantine, restore
     from cacherl_jax.cache.snapshot import snapshot_id
 
@@ -313,58 +288,23 @@ def _quarantine(args: argparse.Namespace) -> dict[str, Any]:
 # ---- snapshots -------------------------------------------------------------------------------------------------------
 
 
-def _snapshot(args: argparse.Namespace) -> dict[str, Any]:
+def snapshot(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.cache.snapshot import take
 
     with _open(args.store) as store:
         return {"snapshot": take(store, args.out, ttl=args.ttl, now=time.time())}
 
 
-def _diff(args: argparse.Namespace) -> dict[str, Any]:
+def diff(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.cache.snapshot import diff
 
     with _open(args.store_a) as a, _open(args.store_b) as b:
         return diff(a, b)
 
 
-def _export(args: argparse.Namespace) -> dict[str, Any]:
+def export(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax.cache.publish import export
 
     with _open(args.store) as store:
         manifest = export(store, args.out)
     return {name: value for name, value in manifest.items() if name != "metadata"}
-
-
-_CORPUS = ("--source", "--path", "--store")
-_SERVING = ("[--config]", "[--set]")
-VERBS: dict[str, Verb] = {
-    "import": Verb("record a corpus into a store and count what it holds", _import, (*_CORPUS, "[--key]", "[--effects]")),
-    "lookup": Verb("look a corpus up in a store and count what it would have been served", _lookup, (*_CORPUS, "[--key]")),
-    "coverage": Verb(
-        "how a store answers the calls of tasks: by tool, tier and turn; tasks that cannot be finished",
-        _coverage,
-        ("--store", "[--tasks]", "[--source]", "[--path]", *_SERVING, "[--figure]"),
-    ),
-    "effects": Verb(
-        "which tools write, read, draw or hide state, inferred from recordings; contradictions of the given labels",
-        _effects,
-        ("--store", "[--level]"),
-    ),
-    "fit": Verb("learn rules of the adapted tier and the fidelity of answers into the store", _fit, ("--store", *_SERVING)),
-    "audit": Verb(
-        "how often a store answers right: the calls of other dialogues against their recordings, and planted swaps",
-        _audit,
-        (*_CORPUS, *_SERVING, "[--figure]"),
-    ),
-    "stats": Verb("what a store holds, in numbers", _stats, ("--store",)),
-    "conflicts": Verb("keys with several results, those seen most often first", _conflicts, ("--store",)),
-    "quarantine": Verb(
-        "entries that would poison a policy: failures stored as answers, control tokens",
-        _quarantine,
-        ("--store", "[--move]", "[--restore]"),
-    ),
-    "snapshot": Verb("freeze a copy of a store under an id of its content", _snapshot, ("--store", "--out", "[--ttl]")),
-    "diff": Verb("what two stores answer differently", _diff, ("store_a", "store_b")),
-    "export": Verb("write a store as a data set: JSON Lines, manifest, card", _export, ("--store", "--out")),
-    "explain": Verb("what a call would be served and why", _explain, ("call", "--store", "[--after]", *_SERVING)),
-}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cacherl_jax.cache_verbs import add_verbs
+from cacherl_jax.cache_cli import add_verbs
 from cacherl_jax.config import Config, ConfigError, load_config, with_overrides
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"

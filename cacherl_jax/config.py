@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-
 Positive = Annotated[int, pydantic.Field(gt=0)]
 Count = Annotated[int, pydantic.Field(ge=0)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]

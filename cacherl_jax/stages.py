@@ -24,6 +24,8 @@ import jax
 from cacherl_jax import checkpoint, metrics
 from cacherl_jax import corpus as corpora
 from cacherl_jax.cache.best_effort import Simulator
+from cacherl_jax.cache.fit import fit
+from cacherl_jax.cache.fit import write as write_fitted
 from cacherl_jax.cache.imports import describe
 from cacherl_jax.cache.lookup import CachedTools, record_transcript
 from cacherl_jax.cache.snapshot import snapshot_id
@@ -51,9 +53,9 @@ EXPERT = "expert"
 POLICIES = ("sft", "expert_sft", "grpo")
 
 # The configuration that each stage depends on.
-RECORD = ("seed", "data", "cache.key")
+RECORD = ("seed", "data", "cache")
 THINK = (*RECORD, "tokenizer")
-GRPO = (*THINK, "cache", "model", "mesh", "sft", "rollout", "grpo")
+GRPO = (*THINK, "model", "mesh", "sft", "rollout", "grpo")
 
 EVAL_SAMPLE = 0
 
@@ -66,7 +68,7 @@ def record(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, An
 
     def body(folder: Path) -> dict[str, Any]:
         corpus = corpora.open_corpus(run.config)
-        specs = corpus.specs
+        specs, cache = corpus.specs, run.config.cache
         write_json(folder / "tools.json", specs_to_json(specs))
         result: dict[str, Any] = {"tools": len(specs), "left_out": corpus.problems, "differs_from_published": corpus.differences}
         for split in SPLITS:
@@ -80,10 +82,13 @@ def record(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, An
             path = folder / STORES[split]
             path.unlink(missing_ok=True)  # of an interrupted attempt
             with SQLiteStore(path, mode="rw") as store:
-                describe(store, specs, run.config.cache.key, corpus.provenance)
+                describe(store, specs, cache.key, corpus.provenance)
                 with store.transaction():
                     for transcript in transcripts:
-                        record_transcript(store, transcript, specs, run.config.cache.key)
+                        record_transcript(store, transcript, specs, cache.key)
+                if cache.adapted or cache.fidelity == "fitted":
+                    with store.transaction():
+                        write_fitted(store, fit(store, specs, cache))
                 result[split] = {
                     "tasks": len(tasks),
                     "transcripts": len(transcripts),

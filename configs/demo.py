@@ -5,13 +5,14 @@ Cost:     about 650 CPU-seconds and 1.5 GB on a laptop, no network
 Expect:   process accuracy on 400 unseen tasks about 0.65 after SFT and 0.84 after GRPO; see experiments/demo/
 """
 
-from cacherl_jax.config import Config, DataConfig, GrpoConfig, OptimizerConfig, SftConfig, TokenizerConfig
+from cacherl_jax.config import CacheConfig, Config, DataConfig, GrpoConfig, OptimizerConfig, SftConfig, TokenizerConfig
 
 
 def get_config() -> Config:
     return Config(
         name="demo",
         data=DataConfig(train_tasks=2500, demonstrators=("expert", "stopper", "stopper", "stopper", "wanderer")),
+        cache=CacheConfig(adapted=False, fidelity="table"),  # the paper's tiers, the fixed table of weights
         tokenizer=TokenizerConfig(vocab_size=1100),
         sft=SftConfig(steps=900, optimizer=OptimizerConfig(learning_rate=4.5e-3, adam_learning_rate=3e-3)),
         grpo=GrpoConfig(

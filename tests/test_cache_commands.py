@@ -287,3 +287,34 @@ def test_what_is_fitted_serves_is_audited_and_explained(tmp_path, capsys):
     assert (audited["calls"], audited["dialogues"], audited["dialogues_in_store"]) == (20, 20, 10)
     served = {(row["tier"], row["of"]): (row["served"], row["right"]) for row in audited["tiers"] if row["served"]}
     assert served == {(tier, of): (10, 10) for tier in ("exact", "adapted") for of in ("all", "reads")}
+
+
+def test_functions_are_recorded_once_and_served(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "till.py").write_text(
+        "from cacherl_jax.tools.functions import FunctionTools, tool\n"
+        "from cacherl_jax.tools.registry import ToolError\n"
+        "@tool(state=True, reads='till')\n"
+        "def total(till: list) -> int:\n"
+        "    return sum(till)\n"
+        "@tool(state=True, writes='till')\n"
+        "def pay(till: list, amount: int) -> str:\n"
+        "    if amount < 0:\n"
+        "        raise ToolError('negative', 'no refunds')\n"
+        "    till.append(amount)\n"
+        "    return 'paid'\n"
+        "TOOLS = FunctionTools([total, pay], state=list)\n"
+    )
+    rows = [("total", {}), ("pay", {"amount": 3}), ("total", {}), ("pay", {"amount": -1}), ("lose", {})]
+    calls = tmp_path / "calls.jsonl"
+    calls.write_text("".join(json.dumps({"name": n, "arguments": a, "episode": "e"}) + "\n" for n, a in rows) + "{\n")
+    record = ("record", "till:TOOLS", "--calls", calls, "--store", tmp_path / "till.sqlite")
+    status, made, _ = run(capsys, *record)
+    assert status == 0 and (made["recorded"], made["errors"], made["refused"], made["malformed"]) == (4, 1, 1, 1)
+    _, again, _ = run(capsys, *record)
+    assert (again["before"], again["recorded"]) == (4, 0)
+    explain = ("explain", "total", "--store", tmp_path / "till.sqlite")
+    assert run(capsys, *explain)[1]["served"]["result"] == "0"
+    assert run(capsys, *explain, "--after", 'pay {"amount": 3}')[1]["served"]["result"] == "3"
+    status, _, err = run(capsys, "record", "till:GONE", *record[2:])
+    assert status == 2 and "till:GONE" in err

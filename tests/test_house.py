@@ -53,7 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_directory": FIRST,
     "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory"},
     "cache_verbs": THIRD | {"evaluate"},
-    "cli": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory", "stages", "cache_verbs"},
+    "cache_cli": {"cache_verbs"},
+    "cli": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory", "stages", "cache_cli"},
     "": {"versions"},  # cacherl_jax/__init__.py
 }
 # Rooms for a host without an accelerator's libraries.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import get_args
+from typing import Any, get_args
 
 from cacherl_jax.cache.key import KeyMode
 from cacherl_jax.cache.lookup import recordings
@@ -23,7 +23,7 @@ def describe(store: Store, specs: Mapping[str, ToolSpec], mode: KeyMode, provena
 def described(store: Store) -> tuple[dict[str, ToolSpec], KeyMode]:
     """The tools and the key mode of a store. Raises StoreError where it does not say."""
     metadata = store.metadata()
-    mode = metadata.get("key")
+    mode: Any = metadata.get("key")
     if "tools" not in metadata or mode not in get_args(KeyMode):
         raise StoreError("the store does not say which tools its calls are of and how they are keyed; import or record it anew")
     return specs_from_json(json.loads(metadata["tools"])), mode

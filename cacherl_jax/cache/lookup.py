@@ -5,6 +5,7 @@ Every answer says how it was found, how near the stored call was, which entry it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -15,6 +16,7 @@ from cacherl_jax.cache.adapt import Adapter, Rule
 from cacherl_jax.cache.best_effort import Shape, Simulator, SimulatorError, fill, learn_shape
 from cacherl_jax.cache.gate import gate_values
 from cacherl_jax.cache.key import KeyMode, Write, call_key, canonical_arguments, canonical_call, raw_call, relevant_writes
+from cacherl_jax.cache.redact import REDACTED, redact_call, redact_result
 from cacherl_jax.cache.results import is_negative
 from cacherl_jax.cache.store import Entry, Recording, Store
 from cacherl_jax.config import CacheConfig, ConfigError
@@ -67,13 +69,19 @@ class CachedTools:
                 self._by_tool.setdefault(entry.tool, []).append(entry)
         for entries in self._by_key.values():
             entries.sort(key=lambda e: e.hash)
-        # Rollouts of one task repeat each other's calls to the letter, and reading JSON is most of an exact answer's cost.
-        self._key = functools.lru_cache(maxsize=1 << 16)(self._key_of)
-        self._canonical_call = functools.lru_cache(maxsize=1 << 16)(self._canonical_call_of)
         self.adapter, self._fidelity = _fitted(store, specs, config)
         self._indices: dict[str, dict[str, tiers.ToolIndex]] = {}  # tool -> values that must agree -> index
         self._shapes: dict[str, Shape | None] = {}
         self._nearest: dict[tuple[str, str, str, str], tuple[Entry | None, float]] = {}
+        self._trust: dict[tuple[str, Tier, float], tuple[float, fidelity.Evidence]] = {}
+        # Rollouts of one task repeat each other's calls to the letter, and reading JSON is most of an exact answer's cost.
+        self._key = functools.lru_cache(maxsize=1 << 16)(self._key_of)
+        self._canonical_call = functools.lru_cache(maxsize=1 << 16)(self._canonical_call_of)
+        self._redacted = any(REDACTED in e.arguments for entries in self._by_key.values() for e in entries)
+
+    def as_stored(self, call: ToolCall) -> ToolCall:
+        """The call as a recording of it would read: without its secrets, where the store holds calls that had any."""
+        return redact_call(call) if self._redacted else call
 
     def start(self, task: Task, sample: int) -> CacheSession:
         return CacheSession(self, task, sample, f"{self._seed}/{task.id}/{sample}")
@@ -106,19 +114,6 @@ class CachedTools:
         _, score = self.nearest(call, earlier, gated=False)
         return Observation(call, missed, Tier.MISS, Kind.SIMULATED, score=score, fidelity=config.fidelity_miss), None
 
-    def write_of(self, call: ToolCall, result: ToolResult) -> list[Write]:
-        """What an answered call adds to the episode's writes: itself, if its tool writes and it did not fail."""
-        spec = self.specs.get(call.name)
-        if spec is None or not spec.effects.writes or result.error is not None:
-            return []
-        return [(frozenset(spec.effects.writes), self._canonical_call(call.name, call.arguments))]
-
-    def _key_of(self, name: str, arguments: str, earlier: tuple[Write, ...]) -> bytes:
-        return call_key(ToolCall(name, arguments), self.specs.get(name), self.config.key, earlier)
-
-    def _canonical_call_of(self, name: str, arguments: str) -> str:
-        return canonical_call(ToolCall(name, arguments), self.specs.get(name))
-
     def _adapted(
         self, call: ToolCall, spec: ToolSpec | None, earlier: Sequence[Write]
     ) -> tuple[Observation, fidelity.Evidence] | None:
@@ -138,11 +133,28 @@ class CachedTools:
         return made, evidence
 
     def _observed(self, call: ToolCall, entry: Entry, tier: Tier, score: float) -> tuple[Observation, fidelity.Evidence]:
-        others = sum(e.count for e in self._by_key.get(entry.key, ()) if e.kind is not Kind.SIMULATED and e.result != entry.result)
-        agreeing = entry.count if entry.kind is not Kind.SIMULATED else 0
-        evidence = fidelity.Evidence(call.name, tier, score, agreeing, others, _writes(self.specs.get(call.name)))
-        trust = fidelity.estimate(self._fidelity, self.config, evidence, entry.kind)
+        known = entry.hash, tier, score
+        if known not in self._trust:
+            stored = [e for e in self._by_key.get(entry.key, ()) if e.kind is not Kind.SIMULATED]
+            others = sum(e.count for e in stored if e.result != entry.result)
+            agreeing = entry.count if entry.kind is not Kind.SIMULATED else 0
+            evidence = fidelity.Evidence(entry.tool, tier, score, agreeing, others, _writes(self.specs.get(entry.tool)))
+            self._trust[known] = fidelity.estimate(self._fidelity, self.config, evidence, entry.kind), evidence
+        trust, evidence = self._trust[known]
         return Observation(call, entry.result, tier, entry.kind, score, entry.hash, trust, entry.age), evidence
+
+    def write_of(self, call: ToolCall, result: ToolResult) -> list[Write]:
+        """What an answered call adds to the episode's chain of writes."""
+        spec = self.specs.get(call.name)
+        if spec is None or not spec.effects.writes or result.error is not None:
+            return []
+        return [(frozenset(spec.effects.writes), self._canonical_call(call.name, call.arguments))]
+
+    def _key_of(self, name: str, arguments: str, earlier: tuple[Write, ...]) -> bytes:
+        return call_key(ToolCall(name, arguments), self.specs.get(name), self.config.key, earlier)
+
+    def _canonical_call_of(self, name: str, arguments: str) -> str:
+        return canonical_call(ToolCall(name, arguments), self.specs.get(name))
 
     def nearest(self, call: ToolCall, earlier: Sequence[Write], *, gated: bool) -> tuple[Entry | None, float]:
         """The most similar servable entry of the tool and its similarity; `gated`: among those that pass the gate."""
@@ -216,14 +228,16 @@ class CacheSession:
         self._unseen: list[ToolCall] = []  # writes that the live tools have not seen
 
     def execute(self, call: ToolCall) -> Observation:
-        observation = self._cache.answer(call, self._earlier, f"{self._name}/{self._calls}")
+        asked = self._cache.as_stored(call)
+        observation = self._cache.answer(asked, self._earlier, f"{self._name}/{self._calls}")
+        observation = observation if asked is call else dataclasses.replace(observation, call=call)
         self._calls += 1
         policy = self._cache.config.on_miss
         if observation.tier is Tier.MISS and policy == "fail":
             raise ToolFailure(observation)
         if observation.tier is Tier.MISS and policy == "live":
             observation = self._ask_live(call)
-        written = self._cache.write_of(call, observation.result)
+        written = self._cache.write_of(asked, observation.result)
         self._earlier += written
         if written and policy == "live" and observation.tier is not Tier.LIVE:
             self._unseen.append(call)
@@ -296,9 +310,9 @@ def recordings(
         if message.role == "assistant":
             waiting = list(message.tool_calls)
         elif message.role == "tool" and waiting:
-            call = waiting.pop(0)
+            call = redact_call(waiting.pop(0))
             spec = specs.get(call.name)
-            result = ToolResult(message.content, message.error)
+            result = redact_result(ToolResult(message.content, message.error))
             arguments, writes = stored_form(call, spec, mode, earlier)
             key = call_key(call, spec, mode, earlier)
             yield Recording(key, call.name, arguments, writes, result, episode=transcript.id, recorded_at=recorded_at)
