@@ -3,7 +3,8 @@
 Evidence is what one episode saw twice. A subject is the same call made again, or the same record (an object whose id the
 call named) shown by two tools. Between two sights of a subject lies an interval: the successful calls from the first to the
 second; a tool counts apart as near, where its call shares a value with the subject or has none, and as far. What a call
-answers where nothing near precedes it is a first sight for other episodes too. Intervals alike in subject, near calls, far
+answers where nothing near precedes it is a first sight for other episodes too, unless episodes start in different states:
+where more than APART of the answers differ after the same calls, episodes are not compared. Intervals alike in subject, near calls, far
 tools and outcome count once.
 
 For a reader R, an interval stays unchanged with probability (1 - leak_R) * prod (1 - q_W) over the near and far tools W in
@@ -13,7 +14,7 @@ the same calls before: hidden state, chance or time, never a write. Where two to
 A writer's new id that R is then asked about is evidence as well: R reads what W creates.
 
 What was not seen is not claimed: "unknown" is an answer. "no" to `writes` says that nothing which was seen twice around
-this tool changed by it; a write that no recorded tool reads cannot be seen.
+calls of this tool with a shared argument changed by it; a write that no recorded tool reads cannot be seen.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from cacherl_jax.cache.store import Recording
 from cacherl_jax.types import Effects, ToolSpec
 
 LEVEL = 0.05  # false-discovery rate of relations
+APART = 0.01
 WEAKEST = 0.05  # q below which a relation is not reported: no model of the calls between is exact
 ENOUGH = 20  # intervals without a change before a tool is said not to write; repeats before an answer is called constant
 Pair = tuple[str, str]  # writer, reader
@@ -117,12 +119,14 @@ def _ids(content: str) -> set[str]:
 
 @dataclass(frozen=True)
 class _Evidence:
-    """counts: intervals by reader. examples: of a changed interval, by reader and candidate. alike: (comparisons,
+    """counts: intervals by reader. examples: of a changed interval, by candidate and reader. unchanged: number of unchanged
+    intervals that hold a call of the tool with a shared argument. alike: (comparisons,
     differences) between episodes with one history, by tool. apart: an example of a difference there. created: new ids that
     a later call named, by (maker, user)."""
 
     counts: dict[str, Counts]
     examples: dict[Pair, tuple[_Call, _Call]]
+    unchanged: Counter[str]
     alike: dict[str, tuple[int, int]]
     apart: dict[str, tuple[_Call, _Call]]
     created: dict[Pair, set[str]]
@@ -136,7 +140,7 @@ def _episodes(recordings: Iterable[Recording], specs: Mapping[str, ToolSpec]) ->
 
 
 def _evidence(episodes: Sequence[Sequence[_Call]]) -> _Evidence:
-    intervals = _Intervals(defaultdict(Counter), {}, set())
+    intervals = _Intervals(defaultdict(Counter), {}, Counter(), set())
     created: dict[Pair, set[str]] = defaultdict(set)
     same_history: dict[Any, list[_Call]] = defaultdict(list)
     # First sights that nothing near precedes, by the number of far calls that do.
@@ -152,9 +156,11 @@ def _evidence(episodes: Sequence[Sequence[_Call]]) -> _Evidence:
             history = hash((history, call.tool, call.arguments))
             given = set(_values(call.given))
             if not call.failed:
-                for value in given & makers.keys():
-                    created[makers[value], call.tool].add(value)
-                makers |= dict.fromkeys(_ids(call.recording.result.content) - named - given, call.tool)
+                for name, value in call.given.items():
+                    if _is_id(name) and (maker := makers.get(str(value))):
+                        created[maker, call.tool].add(str(value))
+                new = {str(v) for name, v in call.shown.items() if _is_id(name)} - named - given
+                makers |= dict.fromkeys(new, call.tool)
             named |= call.values
             for subject, fields in call.subjects():
                 if subject in last:
@@ -171,12 +177,6 @@ def _evidence(episodes: Sequence[Sequence[_Call]]) -> _Evidence:
                     if j:
                         later.append((subject, calls[:j], call))
                 last[subject] = (j, fields)
-    for subject, earlier, call in later:
-        if by_number := untouched.get(subject):
-            group = by_number[min(by_number)]
-            usual, _ = Counter(c.recording.result for c in group).most_common(1)[0]
-            first = next(c for c in group if c.recording.result == usual)
-            intervals.add(subject, first, earlier, call, call.recording.result != usual)
     alike: dict[str, tuple[int, int]] = {}
     apart: dict[str, tuple[_Call, _Call]] = {}
     for (tool, *_), group in same_history.items():
@@ -187,13 +187,21 @@ def _evidence(episodes: Sequence[Sequence[_Call]]) -> _Evidence:
         if len(results) > 1 and tool not in apart:
             pair = [next(c for c in group if c.recording.result == r) for r in list(results)[:2]]
             apart[tool] = (pair[0], pair[1])
-    return _Evidence(intervals.counts, intervals.examples, alike, apart, created)
+    compared, differing = (sum(column) for column in zip((0, 0), *alike.values(), strict=True))
+    for subject, earlier, call in later if differing <= APART * compared else ():
+        if by_number := untouched.get(subject):
+            group = by_number[min(by_number)]
+            usual, _ = Counter(c.recording.result for c in group).most_common(1)[0]
+            first = next(c for c in group if c.recording.result == usual)
+            intervals.add(subject, first, earlier, call, call.recording.result != usual)
+    return _Evidence(intervals.counts, intervals.examples, intervals.unchanged, alike, apart, created)
 
 
 @dataclass(frozen=True)
 class _Intervals:
     counts: dict[str, Counts]
     examples: dict[Pair, tuple[_Call, _Call]]
+    unchanged: Counter[str]
     seen: set[Any]
 
     def add(self, subject: tuple[str, ...], first: _Call, inside: Sequence[_Call], second: _Call, changed: bool) -> None:
@@ -206,6 +214,9 @@ class _Intervals:
         if mark in self.seen:
             return
         self.seen.add(mark)
+        if not changed:
+            named = set(_values(first.given))
+            self.unchanged.update({c.tool for c in inside if not named.isdisjoint(_values(c.given)) or not c.given})
         for reader in {first.tool, second.tool}:
             self.counts[reader][tools, changed] += 1
             for tool, _ in tools if changed else ():
@@ -295,7 +306,7 @@ def infer(recordings: Iterable[Recording], specs: Mapping[str, ToolSpec], level:
     evidence = _evidence(episodes)
     calls = Counter(c.tool for episode in episodes for c in episode)
     varies = {tool: _varies(tool, evidence, episodes) for tool in sorted(calls)}
-    compared, differing = (sum(column) for column in zip(*evidence.alike.values(), strict=True)) if evidence.alike else (0, 0)
+    compared, differing = (sum(column) for column in zip((0, 0), *evidence.alike.values(), strict=True))
     pooled = (differing + 1) / (compared + 2)
     found: dict[Test, dict[str, Any]] = {}
     p_values: dict[Test, float] = {}
@@ -318,14 +329,9 @@ def infer(recordings: Iterable[Recording], specs: Mapping[str, ToolSpec], level:
             relations.setdefault(pair, {"ids": len(ids), "seen": "creation", "example": sorted(ids)[:2]})
     tools = {}
     for tool in sorted(calls):
-        others = [
-            n
-            for counts in evidence.counts.values()
-            for (inside, changed), n in counts.items()
-            if (tool, True) in inside and not changed
-        ]
-        writes = "yes" if tool in writers else "no" if sum(others) >= ENOUGH else "unknown"
-        tools[tool] = {"calls": calls[tool], "writes": writes, "unchanged_around": sum(others)} | varies[tool]
+        unchanged = evidence.unchanged[tool]
+        writes = "yes" if tool in writers else "no" if unchanged >= ENOUGH else "unknown"
+        tools[tool] = {"calls": calls[tool], "writes": writes, "unchanged_around": unchanged} | varies[tool]
     labels = _labels(tools, set(relations))
     for tool in tools:
         tools[tool]["effects"] = labels[tool]

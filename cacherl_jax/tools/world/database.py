@@ -12,6 +12,7 @@ from collections import ChainMap
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -30,7 +31,8 @@ _CITY = (
     "Bay Haven Falls Creek Ridge Grove Point Valley Beach Castle Bridge Forest Harbor Island Garden Meadow Rock Tower",
 )
 
-DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday")
+Day = Literal["monday", "tuesday", "wednesday", "thursday", "friday"]
+DAYS: tuple[Day, ...] = get_args(Day)
 ITEMS = ("lamp", "desk", "chair", "phone", "book", "clock")
 WEATHER = ("sunny", "rainy", "windy", "cloudy")
 ROWS = {"people": (600, 100, 300), "cities": (200, 40, 100), "flights": (600, 100, 300), "rooms": (200, 40, 100)}

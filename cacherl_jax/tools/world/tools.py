@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from cacherl_jax.tools.functions import tool
 from cacherl_jax.tools.registry import Tool, ToolError, run_live
-from cacherl_jax.tools.world.database import DAYS, Database, database
-from cacherl_jax.types import Effects, Observation, Task, ToolCall, ToolSpec
+from cacherl_jax.tools.world.database import Database, Day, database
+from cacherl_jax.types import Observation, Task, ToolCall, ToolSpec
 
-TOOLS: dict[str, Tool] = {}
-_TYPES: dict[str, dict[str, Any]] = {
-    "amount": {"type": "integer", "minimum": 1},
-    "day": {"type": "string", "enum": list(DAYS)},
-}
-
-
-def _tool(description: str, *, reads: str = "", writes: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function as a tool; its parameters after the database become the schema, all required."""
-
-    def register(run: Callable[..., Any]) -> Callable[..., Any]:
-        names = run.__code__.co_varnames[1 : run.__code__.co_argcount]
-        parameters = {
-            "type": "object",
-            "properties": {name: _TYPES.get(name, {"type": "string"}) for name in names},
-            "required": list(names),
-            "additionalProperties": False,
-        }
-        effects = Effects(reads=tuple(reads.split()), writes=tuple(writes.split()))
-        TOOLS[run.__name__] = Tool(ToolSpec(run.__name__, description, parameters, effects), run)
-        return run
-
-    return register
+Amount = Annotated[int, Field(ge=1)]
 
 
 def _row(table: Mapping[str, dict], key: str, what: str) -> dict:
@@ -44,24 +25,28 @@ def _row(table: Mapping[str, dict], key: str, what: str) -> dict:
 # ---- shop ----
 
 
-@_tool("Find a customer by name.")
+@tool(state=True)
 def find_customer(db: Database, name: str) -> Any:
+    """Find a customer by name."""
     return {"customer_id": _row(db.people, name, "customer")["customer_id"]}
 
 
-@_tool("Get the last order of a customer.")
+@tool(state=True)
 def last_order(db: Database, customer_id: str) -> Any:
+    """Get the last order of a customer."""
     return {"order_id": _row(db.customers, customer_id, "customer")["order_id"]}
 
 
-@_tool("Get the item and status of an order.", reads="orders")
+@tool(reads="orders", state=True)
 def get_order(db: Database, order_id: str) -> Any:
+    """Get the item and status of an order."""
     row = _row(db.orders, order_id, "order")
     return {"item": row["item"], "status": row["status"]}
 
 
-@_tool("Cancel an open order.", reads="orders", writes="orders")
+@tool(reads="orders", writes="orders", state=True)
 def cancel_order(db: Database, order_id: str) -> Any:
+    """Cancel an open order."""
     row = _row(db.orders, order_id, "order")
     if row["status"] != "open":
         raise ToolError("not_open", f"order {order_id} is {row['status']}")
@@ -72,13 +57,15 @@ def cancel_order(db: Database, order_id: str) -> Any:
 # ---- travel ----
 
 
-@_tool("Find a flight between two cities.")
+@tool(state=True)
 def find_flight(db: Database, origin: str, destination: str) -> Any:
+    """Find a flight between two cities."""
     return dict(_row(db.flights, f"{origin}>{destination}", "flight"))
 
 
-@_tool("Book a seat on a flight.", reads="flights", writes="flights bookings")
+@tool(reads="flights", writes="flights bookings", state=True)
 def book_flight(db: Database, flight_id: str, name: str) -> Any:
+    """Book a seat on a flight."""
     seats = _row(db.flight_ids, flight_id, "flight")["seats"]
     if not seats:
         raise ToolError("sold_out", f"flight {flight_id} is full")
@@ -88,8 +75,9 @@ def book_flight(db: Database, flight_id: str, name: str) -> Any:
     return {"booking_id": booking}
 
 
-@_tool("Get the seat of a booking.", reads="bookings")
+@tool(reads="bookings", state=True)
 def get_booking(db: Database, booking_id: str) -> Any:
+    """Get the seat of a booking."""
     row = _row(db.bookings, booking_id, "booking")
     return {"name": row["name"], "seat": row["seat"]}
 
@@ -97,18 +85,21 @@ def get_booking(db: Database, booking_id: str) -> Any:
 # ---- bank ----
 
 
-@_tool("Find an account by its owner's name.")
+@tool(state=True)
 def find_account(db: Database, name: str) -> Any:
+    """Find an account by its owner's name."""
     return {"account_id": _row(db.people, name, "account")["account_id"]}
 
 
-@_tool("Get the balance of an account.", reads="balances")
+@tool(reads="balances", state=True)
 def get_balance(db: Database, account_id: str) -> Any:
+    """Get the balance of an account."""
     return {"balance": _row(db.accounts, account_id, "account")["balance"]}
 
 
-@_tool("Transfer money between accounts.", reads="balances", writes="balances")
-def transfer(db: Database, source: str, target: str, amount: int) -> Any:
+@tool(reads="balances", writes="balances", state=True)
+def transfer(db: Database, source: str, target: str, amount: Amount) -> Any:
+    """Transfer money between accounts."""
     giver, taker = _row(db.accounts, source, "account"), _row(db.accounts, target, "account")
     if giver["balance"] < amount:
         raise ToolError("too_little", f"account {source} has less")
@@ -122,19 +113,22 @@ def transfer(db: Database, source: str, target: str, amount: int) -> Any:
 # ---- rooms ----
 
 
-@_tool("Get the weather of a city.")
+@tool(state=True)
 def get_weather(db: Database, city: str) -> Any:
+    """Get the weather of a city."""
     return {"weather": _row(db.cities, city, "city")["weather"]}
 
 
-@_tool("List the rooms of a city with prices.")
+@tool(state=True)
 def list_rooms(db: Database, city: str) -> Any:
+    """List the rooms of a city with prices."""
     rooms = _row(db.cities, city, "city")["rooms"]
     return [{"room_id": room, "price": db.rooms[room]["price"]} for room in rooms]
 
 
-@_tool("Reserve a room on a day.", reads="rooms", writes="rooms")
-def reserve_room(db: Database, room_id: str, day: str) -> Any:
+@tool(reads="rooms", writes="rooms", state=True)
+def reserve_room(db: Database, room_id: str, day: Day) -> Any:
+    """Reserve a room on a day."""
     row = _row(db.rooms, room_id, "room")
     if day in row["taken"]:
         raise ToolError("taken", f"room {room_id} is taken")
@@ -144,18 +138,28 @@ def reserve_room(db: Database, room_id: str, day: str) -> Any:
     return {"reservation_id": number}
 
 
-@_tool("Get the room and day of a reservation.", reads="rooms")
+@tool(reads="rooms", state=True)
 def get_reservation(db: Database, reservation_id: str) -> Any:
+    """Get the room and day of a reservation."""
     return dict(_row(db.reservations, reservation_id, "reservation"))
 
 
 # ---- opened as a provider ----
 
+# In the order in which every task lists them.
+TOOLS: dict[str, Tool] = {
+    t.spec.name: t
+    for t in (
+        find_customer, last_order, get_order, cancel_order, find_flight, book_flight, get_booking, find_account, get_balance,
+        transfer, get_weather, list_rooms, reserve_room, get_reservation,
+    )
+}  # fmt: skip
+
 
 @cache
 def tool_specs() -> dict[str, ToolSpec]:
-    """The tools as agents see them, by name, in the order in which every task lists them."""
-    return {name: tool.spec for name, tool in TOOLS.items()}
+    """The tools as agents see them, by name."""
+    return {name: t.spec for name, t in TOOLS.items()}
 
 
 class LiveSession:
