@@ -5,6 +5,7 @@ Every answer says how it was found, how near the stored call was, which entry it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -15,6 +16,7 @@ from cacherl_jax.cache.adapt import Adapter, Rule
 from cacherl_jax.cache.best_effort import Shape, Simulator, SimulatorError, fill, learn_shape
 from cacherl_jax.cache.gate import gate_values
 from cacherl_jax.cache.key import KeyMode, Write, call_key, canonical_arguments, canonical_call, raw_call, relevant_writes
+from cacherl_jax.cache.redact import REDACTED, redact_call, redact_result
 from cacherl_jax.cache.results import is_negative
 from cacherl_jax.cache.store import Entry, Recording, Store
 from cacherl_jax.config import CacheConfig, ConfigError
@@ -74,6 +76,11 @@ class CachedTools:
         self._indices: dict[str, dict[str, tiers.ToolIndex]] = {}  # tool -> values that must agree -> index
         self._shapes: dict[str, Shape | None] = {}
         self._nearest: dict[tuple[str, str, str, str], tuple[Entry | None, float]] = {}
+        self._redacted = any(REDACTED in e.arguments for entries in self._by_tool.values() for e in entries)
+
+    def as_stored(self, call: ToolCall) -> ToolCall:
+        """The call as a recording of it would read: without its secrets, where the store holds calls that had any."""
+        return redact_call(call) if self._redacted else call
 
     def start(self, task: Task, sample: int) -> CacheSession:
         return CacheSession(self, task, sample, f"{self._seed}/{task.id}/{sample}")
@@ -216,14 +223,16 @@ class CacheSession:
         self._unseen: list[ToolCall] = []  # writes that the live tools have not seen
 
     def execute(self, call: ToolCall) -> Observation:
-        observation = self._cache.answer(call, self._earlier, f"{self._name}/{self._calls}")
+        asked = self._cache.as_stored(call)
+        observation = self._cache.answer(asked, self._earlier, f"{self._name}/{self._calls}")
+        observation = observation if asked is call else dataclasses.replace(observation, call=call)
         self._calls += 1
         policy = self._cache.config.on_miss
         if observation.tier is Tier.MISS and policy == "fail":
             raise ToolFailure(observation)
         if observation.tier is Tier.MISS and policy == "live":
             observation = self._ask_live(call)
-        written = self._cache.write_of(call, observation.result)
+        written = self._cache.write_of(asked, observation.result)
         self._earlier += written
         if written and policy == "live" and observation.tier is not Tier.LIVE:
             self._unseen.append(call)
@@ -296,9 +305,9 @@ def recordings(
         if message.role == "assistant":
             waiting = list(message.tool_calls)
         elif message.role == "tool" and waiting:
-            call = waiting.pop(0)
+            call = redact_call(waiting.pop(0))
             spec = specs.get(call.name)
-            result = ToolResult(message.content, message.error)
+            result = redact_result(ToolResult(message.content, message.error))
             arguments, writes = stored_form(call, spec, mode, earlier)
             key = call_key(call, spec, mode, earlier)
             yield Recording(key, call.name, arguments, writes, result, episode=transcript.id, recorded_at=recorded_at)
