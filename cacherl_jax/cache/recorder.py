@@ -288,7 +288,7 @@ def record_calls(
     pool = ThreadPoolExecutor(workers, thread_name_prefix="record")
     try:
         with bar as shown:
-            for future in as_completed([pool.submit(_make, e, recording, provider.start(None, 0)) for e in missing]):
+            for future in as_completed([pool.submit(_make, e, recording, provider) for e in missing]):
                 made, said = future.result()
                 counts += made
                 problems += said
@@ -335,9 +335,9 @@ def _answered(episode: Episode, recording: RecordingTools, done: Done) -> bool:
     return True
 
 
-def _make(episode: Episode, recording: RecordingTools, live: ToolSession) -> tuple[Counter[str], list[str]]:
+def _make(episode: Episode, recording: RecordingTools, provider: FunctionTools) -> tuple[Counter[str], list[str]]:
     counts: Counter[str] = Counter()
-    session = recording.session(episode.name, live)
+    session = recording.session(episode.name, provider.start(None, 0))
     for call in episode.calls:
         try:
             observation = session.execute(call)

@@ -95,8 +95,7 @@ def row(name: str, found: dict, specs) -> None:
 
 def hidden_state(found: dict) -> None:
     """SGD's labels against what is seen: the contradictions by kind, and those of every tool that varies."""
-    own = Counter(r["writer"] == r["reader"] for r in found["relations"])
-    kinds = Counter(c["seen"].rsplit(": ")[-1] if "answers differ" in c["seen"] else c["seen"].split(" ")[0] for c in found["contradictions"])
+    kinds = Counter(c["kind"] for c in found["contradictions"])
     print(f"\nSGD: {len(found['tools'])} tools, {len(found['relations'])} relations, contradictions {dict(kinds)}")
     print("| tool | calls | compared | differ | varies |\n|---|---|---|---|---|")
     for name, t in sorted(found["tools"].items(), key=lambda item: -item[1]["differing"])[:12]:

@@ -259,7 +259,8 @@ def test_a_file_of_calls_and_what_becomes_of_each(bank, tmp_path):
     first = record_calls(bank.tools(), path, store, workers=4)
     problems = first.pop("problems")
     assert first == {
-        "calls": 11, "before": 0, "recorded": 6, "reused": 1, "errors": 1, "transient": 1, "refused": 2, "failed": 1, "malformed": 2,
+        "calls": 11, "before": 0, "recorded": 6, "reused": 1, "errors": 1, "transient": 1, "refused": 2, "failed": 1,
+        "malformed": 2,
     }  # fmt: skip
     assert [p.split(": ", 1)[0] for p in problems if p.startswith("calls")] == ["calls.jsonl:11", "calls.jsonl:12"]
     assert any("ZeroDivisionError: oops" in p for p in problems) and len(problems) == 5
