@@ -58,7 +58,8 @@ class RecordingTools:
         clock: Callable[[], float] = time.time,
         done: Done | None = None,
     ) -> None:
-        self.store, self.specs, self.mode = store, specs, mode
+        self.store, self.specs = store, specs
+        self.mode: KeyMode = mode
         self._provider, self._timeout, self._clock = provider, timeout, clock
         self._left = Counter({place: len(results) for place, results in (done or {}).items()})  # not to be stored again
         self._lock = threading.Lock()
