@@ -5,7 +5,8 @@ probability (1 - leak_R) * prod (1 - q_W) over the near and far tools W in it (n
 reads where a likelihood-ratio test says that q_W > 0, the false-discovery rate being controlled over all tests (Benjamini
 and Hochberg 1995). leak_R is how often R's answer differs between episodes that made the same calls before: hidden state,
 chance or time, never a write. Where two tools always come together, neither is named. A writer's new id that R is then asked
-about is evidence as well: R reads what W creates.
+about is evidence as well: R reads what W creates. And where W changes records of a kind (with an id of one name), it changes
+what every tool answers that shows such records.
 
 What was not seen is not claimed: "unknown" is an answer. "no" to `writes` says that nothing which was seen twice around
 calls of this tool with a shared argument changed by it; a write that no recorded tool reads cannot be seen.
@@ -124,10 +125,15 @@ def infer(recordings: Iterable[Recording], specs: Mapping[str, ToolSpec], level:
             found[writer, reader, near] = {"intervals": number, "changed": changes, "effect": round(q, 3), "p": p}
     significant = {test for test in _discoveries(p_values, level) if found[test]["effect"] >= WEAKEST}
     writers = {writer for writer, _, _ in significant}
-    relations = {
+    relations: dict[Pair, dict[str, Any]] = {
         (w, r): found[w, r, near] | {"seen": "change", "example": [c.example() for c in evidence.examples[w, r]]}
         for w, r, near in sorted(significant)  # of both, the near one is kept
     }
+    for kind, showing in evidence.shown.items():
+        for w in [w for w, r in relations if r == kind]:
+            about = relations.pop((w, kind)) | {"seen": kind}
+            for reader in sorted(showing):
+                relations.setdefault((w, reader), about)
     for pair, ids in evidence.created.items():
         if pair[0] in writers and len(ids) >= 2:
             relations.setdefault(pair, {"ids": len(ids), "seen": "creation", "example": sorted(ids)[:2]})

@@ -107,7 +107,7 @@ class Evidence:
     """counts: intervals by reader. examples: of a changed interval, by candidate and reader. unchanged: number of unchanged
     intervals that hold a call of the tool with a shared argument. alike: (comparisons,
     differences) between episodes with one history, by tool. apart: an example of a difference there. created: new ids that
-    a later call named, by (maker, user)."""
+    a later call named, by (maker, user). shown: tools by the kind of record that they showed more than once."""
 
     counts: dict[str, Counts]
     examples: dict[Pair, tuple[Call, Call]]
@@ -115,6 +115,7 @@ class Evidence:
     alike: dict[str, tuple[int, int]]
     apart: dict[str, tuple[Call, Call]]
     created: dict[Pair, set[str]]
+    shown: dict[str, set[str]]
 
 
 def episodes_of(recordings: Iterable[Recording], specs: Mapping[str, ToolSpec]) -> list[list[Call]]:
@@ -127,6 +128,7 @@ def episodes_of(recordings: Iterable[Recording], specs: Mapping[str, ToolSpec]) 
 def evidence_of(episodes: Sequence[Sequence[Call]]) -> Evidence:
     intervals = _Intervals(defaultdict(Counter), {}, Counter(), set())
     created: dict[Pair, set[str]] = defaultdict(set)
+    shown: Counter[tuple[str, str]] = Counter()
     same_history: dict[Any, list[Call]] = defaultdict(list)
     # First sights that nothing near precedes, by the number of far calls that do.
     untouched: dict[tuple[str, ...], dict[int, list[Call]]] = defaultdict(lambda: defaultdict(list))
@@ -148,6 +150,7 @@ def evidence_of(episodes: Sequence[Sequence[Call]]) -> Evidence:
                 makers |= dict.fromkeys(new, call.tool)
             named |= call.values
             for subject, fields in call.subjects():
+                shown.update([(record_kind(subject[1]), call.tool)] if subject[0] == "record" and len(fields) >= 3 else [])
                 if subject in last:
                     i, before = last[subject]
                     first, between = calls[i], calls[i + 1 : j]
@@ -179,7 +182,11 @@ def evidence_of(episodes: Sequence[Sequence[Call]]) -> Evidence:
             usual, _ = Counter(c.answer for c in group).most_common(1)[0]
             first = next(c for c in group if c.answer == usual)
             intervals.add(subject, first, earlier, call, call.answer != usual)
-    return Evidence(intervals.counts, intervals.examples, intervals.unchanged, alike, apart, created)
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for (kind, tool), times in shown.items():
+        if times > 1:
+            kinds[kind].add(tool)
+    return Evidence(intervals.counts, intervals.examples, intervals.unchanged, alike, apart, created, kinds)
 
 
 @dataclass(frozen=True)
@@ -203,11 +210,17 @@ class _Intervals:
         if not changed:
             named = set(_values(first.given))
             self.unchanged.update({c.tool for c in inside if not named.isdisjoint(_values(c.given)) or not c.given})
-        for reader in {first.tool, second.tool}:
+        readers = {first.tool, second.tool} | ({record_kind(subject[1])} if subject[0] == "record" else set())
+        for reader in readers:
             self.counts[reader][tools, changed] += 1
             for tool, _ in tools if changed else ():
                 if (tool, reader) not in self.examples or len(tools) == 1:
                     self.examples[tool, reader] = (first, second)
+
+
+def record_kind(name: str) -> str:
+    """The reader that stands for all tools which show records with an id of this name."""
+    return f"record {name}"
 
 
 def _alike(before: Mapping[str, str], fields: Mapping[str, str]) -> bool:

@@ -242,16 +242,16 @@ def _alternatives(schema: Mapping[str, Any], root: Mapping[str, Any], depth: int
     """The schemas without unions of which a value may satisfy one. References that lead nowhere admit anything."""
     if depth > 16:
         return [{}]
-    rest = {name: part for name, part in schema.items() if name not in _UNIONS}
+    rest: dict[str, Any] = {name: part for name, part in schema.items() if name not in _UNIONS}
     if isinstance(reference := schema.get("$ref"), str):
-        return _alternatives({**rest, **_referenced(reference, root)}, root, depth + 1)
+        return _alternatives(rest | _referenced(reference, root), root, depth + 1)
     if parts := [part for part in schema.get("allOf", ()) if isinstance(part, Mapping)]:
-        merged = rest | {name: schema[name] for name in ("anyOf", "oneOf") if name in schema}
+        merged: dict[str, Any] = rest | {name: schema[name] for name in ("anyOf", "oneOf") if name in schema}
         for part in parts:
             if "$ref" in part:
-                part = {**{k: v for k, v in part.items() if k != "$ref"}, **_referenced(str(part["$ref"]), root)}
+                part = {k: v for k, v in part.items() if k != "$ref"} | _referenced(str(part["$ref"]), root)
             properties = {**merged.get("properties", {}), **part.get("properties", {})}
-            merged = {**merged, **part, **({"properties": properties} if properties else {})}
+            merged = {**merged, **part} | ({"properties": properties} if properties else {})
         return _alternatives(merged, root, depth + 1)
     for name in ("anyOf", "oneOf"):
         if options := [option for option in schema.get(name, ()) if isinstance(option, Mapping)]:

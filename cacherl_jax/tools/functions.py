@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pydantic
-import pydantic_core
 
 from cacherl_jax.tools.registry import Tool, ToolError, run_live
 from cacherl_jax.types import Effects, Observation, Task, ToolCall, ToolSpec
+
+_ANYTHING: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(Any)
 
 
 def tool(
@@ -62,7 +63,7 @@ def tool(
                 raise ToolError("schema_violation", f"{where}: {first['msg']}") from error
             values = {f.alias: getattr(checked, field) for field, f in arguments.model_fields.items() if f.alias}
             result = function(given_state, **values) if state else function(**values)
-            return pydantic_core.to_jsonable_python(result)
+            return _ANYTHING.dump_python(result, mode="json")  # dataclasses, models, dates, sets as JSON
 
         return Tool(spec, run)
 
@@ -152,7 +153,7 @@ class FunctionTools:
 
 
 def load_tools(path: str) -> FunctionTools:
-    """"package.module:NAME", where NAME is a FunctionTools, or a list or dict of tools; without a name, all of a module's.
+    """The tools at "package.module:NAME": a FunctionTools, or a list or dict of tools; without a name, all of the module's.
 
     Raises ValueError naming what is wrong with the path.
     """

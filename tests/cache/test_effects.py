@@ -171,3 +171,15 @@ def test_hidden_state_of_a_real_corpus(shared_data):
     name = next(n for n in report["tools"] if n.endswith("CheckBalance"))
     (said,) = [c for c in report["contradictions"] if c["tool"] == name]
     assert said["kind"].startswith("hidden_state") and said["example"][0]["call"] == said["example"][1]["call"]
+
+
+def test_a_changed_record_is_read_by_every_tool_that_shows_its_kind():
+    def calls(number):
+        place = {"item_id": f"item{number}"}
+        before, after = place | {"size": 1, "colour": "red"}, place | {"size": 2, "colour": "red"}
+        shown = [("get", before), ("resize", after)] if number % 2 else [("label", before)]
+        for tool, record in shown:
+            yield Recording(b"", tool, json.dumps(place), "", ToolResult(json.dumps(record)), f"e{number}")
+
+    report = effects.infer([r for n in range(40) for r in calls(n)], {})
+    assert {(r["writer"], r["reader"]) for r in report["relations"]} == {("resize", r) for r in ("get", "label", "resize")}

@@ -21,6 +21,7 @@ PARAMETERS = {
         "urgent": {"type": "boolean"},
         "cabin": {"type": "string", "enum": ["economy", "Business", "1"]},
         "size": {"enum": ["m", "M", 3, "true"]},
+        "level": {"enum": ["ok", "OK"]},
         "limit": {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None},
         "mixed": {"type": ["integer", "string"]},
         "when": {"$ref": "#/$defs/When"},
@@ -76,6 +77,7 @@ def test_forms_of_one_call(forms):
         ['{"source": "1"}', '{"source": "1.0"}', '{"source": true}', '{"source": "true"}', '{"source": null}'],
         ['{"urgent": true}', '{"urgent": 1}', '{"urgent": "yes"}', '{"urgent": false}'],
         ['{"size": "m"}', '{"size": "M"}', '{"size": "S"}', '{"size": 1}'],  # both spellings are the enum's own
+        ['{"level": "ok"}', '{"level": "OK"}', '{"level": "Ok"}'],  # the last could be either
         ['{"mixed": "5"}', '{"mixed": 5}'],  # each is admitted as it stands
         ['{"rate": NaN}', '{"rate": "NaN"}', '{"rate": Infinity}', '{"rate": -Infinity}', '{"rate": 1e400}', '{"rate": 1e401}'],
         ['{"amount": 1180591620717411303424}', '{"amount": 1180591620717411303425}', f'{{"amount": {"9" * 6000}}}'],
