@@ -76,7 +76,7 @@ class CachedTools:
         self._indices: dict[str, dict[str, tiers.ToolIndex]] = {}  # tool -> values that must agree -> index
         self._shapes: dict[str, Shape | None] = {}
         self._nearest: dict[tuple[str, str, str, str], tuple[Entry | None, float]] = {}
-        self._redacted = any(REDACTED in e.arguments for entries in self._by_tool.values() for e in entries)
+        self._redacted = any(REDACTED in e.arguments for entries in self._by_key.values() for e in entries)
 
     def as_stored(self, call: ToolCall) -> ToolCall:
         """The call as a recording of it would read: without its secrets, where the store holds calls that had any."""
