@@ -19,7 +19,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,8 @@ def _single_flight(store: Store, key: bytes, call: ToolCall, run: Callable[[], O
         if first := flight is None:
             flight = _flights[name] = Future()
     if not first:
-        return flight.result()
+        answer = flight.result()
+        return _stored(store, key, call) or replace(answer, call=call)
     try:
         with _claimed(path, key) if path else contextlib.nullcontext():
             answer = _stored(store, key, call) or run()
