@@ -5,6 +5,7 @@ import json
 import math
 import random
 from fractions import Fraction
+from hashlib import sha256
 
 import pytest
 
@@ -120,6 +121,8 @@ def test_served_answers_are_the_tools_own(recorded, rules):
 def test_the_order_of_recordings_does_not_matter(recorded, rules):
     shuffled = random.Random(0).sample(recorded, len(recorded))
     assert learn.learn(shuffled, SPECS) == rules
+    made_up = [recording("play", {"song": "S", "device": str(i)}, i, f"d0/{i}", kind=Kind.SIMULATED) for i in range(300)]
+    assert learn.learn(recorded + made_up, SPECS) == rules
     asked = world(60, seed=2)
     one = Adapter(rules, stored(recorded).entries(), SPECS)
     other = Adapter(rules[::-1], stored(shuffled).entries(), SPECS)
@@ -149,6 +152,30 @@ def test_an_echo_is_replaced_only_where_it_is_certain(stored_result, asked):
     store = stored([recording("transfer", {"amount": "5", "to": "Ann"}, stored_result, "d")])
     found = Adapter([rule], store.entries(), SPECS).answer("transfer", '{"amount":"9","to":"Ann"}', "")
     assert (found and json.loads(found.result.content)) == (asked and {"amount": "9", "fee": "5"})
+
+
+@pytest.mark.parametrize(
+    ("rows", "served"),
+    [
+        ([{"kind": "inn", "n": 1}, {"kind": "bar", "n": 2}], [{"kind": "inn", "n": 1}]),
+        ([{"kind": "inn", "n": i} for i in range(4)], None),  # as long as the longest list: it may have been cut
+        ([{"kind": "bar", "n": 1}], None),  # nothing is left
+        ([{"kind": "inn", "n": 1}, {"n": 2}], None),  # a row without the field
+    ],
+)
+def test_a_list_is_filtered_only_where_it_is_whole(rows, served):
+    rule = Rule("search", (("kind", "set", "filter"),), 99, 99, 0.0)
+    longest = recording("search", {"city": "B"}, [{"kind": "inn"}] * 4, "d")
+    store = stored([recording("search", {"city": "A"}, rows, "d"), longest])
+    found = Adapter([rule], store.entries(), SPECS).answer("search", '{"city":"A","kind":"inn"}', "")
+    assert (found and json.loads(found.result.content)) == served
+    assert Adapter([rule], store.entries(), SPECS).answer("search", '{"city":"B"}', "") is None
+
+
+def test_a_result_that_names_another_value_is_not_served_as_it_is():
+    rule = Rule("play", (("device", "change", "same"),), 99, 99, 0.0)
+    store = stored([recording("play", {"song": "S", "device": "tv"}, {"album": "x", "device": "tv"}, "d")])
+    assert Adapter([rule], store.entries(), SPECS).answer("play", '{"device":"car","song":"S"}', "") is None
 
 
 def test_sources_that_disagree_serve_nothing():
@@ -185,6 +212,15 @@ def test_a_dialogue_has_one_vote_and_none_on_itself():
     many = [recording("play", {"song": "S", "device": rng.choice("abcdefgh")}, {"x": 1}, f"d{i}") for i in range(900)]
     (rule,) = learn.learn(many, SPECS)
     assert rule.votes == rule.right == 600
+
+
+def test_a_pair_of_dialogues_votes_once():
+    """Of two dialogues that ask for one song on two devices, the later by hash is asked of the earlier."""
+    rows = [recording("play", {"song": str(i // 2), "device": "ab"[i % 2]}, {"x": -(i // 2)}, f"d{i}") for i in range(400)]
+    rank = {name: i for i, name in enumerate(sorted((f"d{i}" for i in range(400)), key=lambda n: sha256(n.encode()).digest()))}
+    later = [max(rank[f"d{i}"], rank[f"d{i + 1}"]) for i in range(0, 400, 2)]
+    rule = next(r for r in learn.learn(rows, SPECS) if r.changes == (("device", "change", "same"),))
+    assert rule.votes == rule.right == sum(r >= math.ceil(400 / 3) for r in later)
 
 
 def test_binomial_tail_and_step_up_procedure():
@@ -229,6 +265,8 @@ def test_between_exact_and_fuzzy_with_provenance(fitted_store):
     assert (served.tier, served.kind, served.score) == (Tier.ADAPTED, Kind.RECORDED, 1 / 3)
     assert json.loads(served.result.content) == truth("play", {"song": "S"}, "")
     assert served.entry in {e.hash for e in fitted_store.of_tool("play")}
+    _, evidence = CachedTools(fitted_store, SPECS, CONFIG, seed=0).answer_with_evidence(served.call, [], "")
+    assert 0.98 < evidence.rule < 1 and evidence.agreeing == 4 and evidence.conflicting == 0  # the four devices
     assert served.fidelity == CONFIG.fidelity_adapted  # nothing was fitted: the table's
     off = CachedTools(fitted_store, SPECS, CacheConfig(adapted=False, fuzzy_threshold=0.3), seed=0)
     assert off.answer(served.call, [], "").tier is Tier.FUZZY
