@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cacherl_jax.cache.entries import Entry
 from cacherl_jax.cache.results import as_text, is_negative, leaves, meaning, parsed
-from cacherl_jax.cache.store import Entry
 from cacherl_jax.types import Kind, ToolResult, ToolSpec
 
 AGREEMENT = 0.75  # share of the sources that must say the same
@@ -44,6 +44,9 @@ class Rule:
     right: int
     votes: int
     p: float
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {kind}: {action}" for name, kind, action in self.changes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -179,12 +182,18 @@ def as_content(value: Any) -> str:
 
 
 def given_arguments(text: str, spec: ToolSpec | None) -> dict[str, str] | None:
-    """The arguments that say something, as text: null and the schema's defaults are left out. None for anything but an object."""
+    """The arguments that say something, as text: null and the schema's defaults are left out, quotes around a text are taken
+    off. None for anything but an object."""
     value = parsed(text)
     if not isinstance(value, dict):
         return None
     properties = spec.parameters.get("properties", {}) if spec else {}
-    return {k: as_text(v) for k, v in value.items() if v is not None and properties.get(k, {}).get("default", None) != v}
+    return {k: _bare(v) for k, v in value.items() if v is not None and properties.get(k, {}).get("default") != v}
+
+
+def _bare(value: Any) -> str:
+    text = as_text(value)
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
 # ---- what a rule does ------------------------------------------------------------------------------------------------

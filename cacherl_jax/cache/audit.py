@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from cacherl_jax.cache import fidelity
+from cacherl_jax.cache.entries import Entry, Recording
 from cacherl_jax.cache.fit import earlier
 from cacherl_jax.cache.key import call_key
 from cacherl_jax.cache.lookup import CachedTools
 from cacherl_jax.cache.results import facts, meaning, parsed
-from cacherl_jax.cache.store import Entry, Recording, Store
+from cacherl_jax.cache.store import Store
 from cacherl_jax.config import CacheConfig
 from cacherl_jax.types import TIER_ORDER, Kind, Tier, ToolCall, ToolResult, ToolSpec
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 
 from cacherl_jax.cache import fidelity
 from cacherl_jax.cache.adapt import Rule
+from cacherl_jax.cache.entries import Recording
 from cacherl_jax.cache.fidelity import Fidelity, Judged
 from cacherl_jax.cache.learn import learn
 from cacherl_jax.cache.lookup import CachedTools
 from cacherl_jax.cache.results import meaning
-from cacherl_jax.cache.store import MemoryStore, Recording, Store
+from cacherl_jax.cache.store import MemoryStore, Store
 from cacherl_jax.config import CacheConfig
 from cacherl_jax.types import Kind, ToolCall, ToolSpec
 

@@ -35,8 +35,8 @@ from cacherl_jax.cache.adapt import (
     rest,
     texts_by_field,
 )
+from cacherl_jax.cache.entries import Recording
 from cacherl_jax.cache.results import is_negative, meaning_of, parsed
-from cacherl_jax.cache.store import Recording
 from cacherl_jax.types import Kind, ToolResult, ToolSpec
 
 PRECISION = 0.9  # what a rule's precision is tested against
