@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from cacherl_jax import cli
+from cacherl_jax.cache.store import Recording, SQLiteStore
+from cacherl_jax.types import ToolResult
 
 SMALL = {
     "data.train_tasks": 30, "data.validation_tasks": 4, "data.test_tasks": 12, "tokenizer.vocab_size": 680,
@@ -96,6 +98,39 @@ def test_other_settings_in_the_same_folder_are_refused(finished, capsys):
 def test_wrong_usage_is_explained(tmp_path, capsys, args, message):
     status, out, err = cacherl(capsys, *args, "--out", str(tmp_path), "--json")
     assert status == 2 and message in err and out == ""
+
+
+def test_an_interrupted_stage_refuses_other_settings_and_keeps_what_it_ran_with(tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cacherl_jax.stages.write_transcripts", interrupted)
+        assert cacherl(capsys, *arguments("record", tmp_path))[0] == 130
+    before = (tmp_path / "run.json").read_text()
+    status, _, err = cacherl(capsys, *arguments("record", tmp_path, seed=1))
+    assert status == 2 and "seed: 0 then, 1 now" in err and (tmp_path / "run.json").read_text() == before
+    assert cacherl(capsys, *arguments("record", tmp_path))[0] == 0
+
+
+def test_a_store_that_changed_after_recording_is_not_trained_on(tmp_path, capsys):
+    for verb in ("record", "think", "sft"):
+        assert cacherl(capsys, *arguments(verb, tmp_path))[0] == 0
+    with SQLiteStore(tmp_path / "record" / "training.sqlite", mode="rw") as store:
+        store.add(Recording(b"k", "get_order", "{}", "", ToolResult("planted")))
+    status, _, err = cacherl(capsys, *arguments("grpo", tmp_path))
+    assert status == 1 and "training.sqlite has changed since it was recorded" in err
+
+
+def test_a_run_on_eight_devices(tmp_path):
+    """data 2 x fsdp 2 x tp 2, from recording to the report, on simulated devices."""
+    sets = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tp": 2, "model.num_kv_heads": 2, "sft.steps": 2, "grpo.steps": 1}
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-m", "cacherl_jax.cli", *arguments("demo", tmp_path, **sets)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["grpo"]["live_calls"] == 0
+    assert "Involuntary full rematerialization" not in done.stderr
 
 
 def test_a_broken_line_in_the_recordings_is_counted_and_named(tmp_path, capsys):

@@ -61,9 +61,6 @@ class Rule:
         """Expected under a uniform prior."""
         return (self.right + 1) / (self.votes + 2)
 
-    def __str__(self) -> str:
-        return "; ".join(f"{name} {kind}: {action}" for name, kind, action in self.changes)
-
     def to_json(self) -> dict[str, Any]:
         return {
             "tool": self.tool,

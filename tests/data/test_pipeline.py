@@ -38,7 +38,9 @@ def test_a_batch_is_named_by_its_step_alone():
 
 def test_shapes_are_few_and_a_row_too_long_is_refused():
     rows = rows_of(range(1, 384))
-    shapes = {batch.tokens_BT.shape for batch, _ in bucketed(rows, bucket_lengths(384), 1024)}
+    shapes = {batch.tokens_BT.shape for batch, _ in bucketed(rows, bucket_lengths(384), 1024, 1)}
     assert shapes == {(1024 // length, length) for length in (64, 96, 128, 192, 256, 384)}
+    split = {batch.tokens_BT.shape for batch, _ in bucketed(rows, bucket_lengths(384), 1024, 4)}
+    assert split == {(16, 64), (8, 96), (8, 128), (4, 192), (4, 256), (4, 384)}  # rows divide over 4 ways, and none is left out
     with pytest.raises(ValueError, match="400 tokens exceeds the largest bucket, 384"):
         assign_buckets(np.array([400]), bucket_lengths(384))

@@ -159,6 +159,8 @@ def broken(change):
         (broken(lambda d: d.update(turns=None)), "7_00013", "TypeError"),
         (broken(lambda d: d.update(turns="hello")), "7_00013", "TypeError"),
         (broken(lambda d: d["turns"].insert(2, 3)), "7_00013", "TypeError"),
+        (broken(lambda d: d.update(dialogue_id=13)), "13", "TypeError dialogue_id is int, expected text"),
+        (broken(lambda d: d.update(turns=d["turns"][1::2])), "7_00013", "ValueError the user says nothing"),
         (broken(lambda d: d["turns"][0].pop("speaker")), "7_00013", "KeyError 'speaker'"),
         (broken(lambda d: d["turns"][0].update(speaker="AGENT")), "7_00013", "ValueError speaker 'AGENT' is neither"),
         (broken(lambda d: d["turns"][3].pop("utterance")), "7_00013", "KeyError 'utterance'"),
@@ -169,6 +171,7 @@ def broken(change):
         (broken(lambda d: call_frame(d).update(service_call=None)), "7_00013", "TypeError"),
         (broken(lambda d: call_frame(d)["service_call"].pop("method")), "7_00013", "KeyError 'method'"),
         (broken(lambda d: call_frame(d)["service_call"].pop("parameters")), "7_00013", "KeyError 'parameters'"),
+        (broken(lambda d: call_frame(d)["service_call"].update(parameters=["a"])), "7_00013", "TypeError parameters of"),
         (broken(lambda d: call_frame(d).pop("service_results")), "7_00013", "KeyError 'service_results'"),
     ],
 )

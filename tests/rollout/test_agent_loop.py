@@ -1,7 +1,6 @@
 """One episode at a time, with scripted sampling: ids held are ids sampled plus ids injected, whatever the policy writes."""
 
 import dataclasses
-import json
 from collections import Counter
 
 import numpy as np
@@ -9,10 +8,13 @@ import pytest
 
 from cacherl_jax.cache.lookup import CachedTools, record_transcript
 from cacherl_jax.cache.store import MemoryStore
-from cacherl_jax.config import CacheConfig, RolloutConfig
+from cacherl_jax.config import CacheConfig, Config, GrpoConfig, RolloutConfig
+from cacherl_jax.evaluate.process_accuracy import evaluate
+from cacherl_jax.reward.process import process_reward
 from cacherl_jax.rollout.agent_loop import Episode
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import train_tokenizer
+from cacherl_jax.train.grpo import score_groups, write_rollouts
 from cacherl_jax.types import Kind, Message, Observation, Source, StopReason, Task, Tier, ToolCall, ToolResult, ToolSpec, Transcript
 
 SPECS = {
@@ -44,10 +46,10 @@ class Echo:
         return Observation(call, ToolResult(call.arguments if self.content is None else self.content), Tier.EXACT, Kind.RECORDED)
 
 
-def play(turns, task=TASK, config=CONFIG, session=None):
+def play(turns, task=TASK, config=CONFIG, session=None, specs=SPECS):
     """Plays scripted turns; returns the trajectory and what was sampled and injected, in order."""
     session = session or Echo()
-    episode = Episode(TOK, SPECS, task, 0, session, config, chat.opening(TOK, task.messages, [SPECS[n] for n in task.tools]))
+    episode = Episode(TOK, specs, task, 0, session, config, chat.opening(TOK, task.messages, [SPECS[n] for n in task.tools]))
     held = [("injected", episode.start())]
     for text in turns:
         if held[-1][1] is None:
@@ -160,7 +162,28 @@ def test_a_turn_cut_inside_its_thought_is_closed_for_it():
     assert text == "\n</think>\n\n<|im_end|>\n" and closing.source is Source.TEMPLATE
 
 
-def test_200_episodes_of_noise_end_by_a_named_reason():
+def test_tools_that_a_task_does_not_list_are_unknown_to_it():
+    specs = SPECS | {"other": dataclasses.replace(SPECS["find"], name="other")}
+    episode = Episode(TOK, specs, TASK, 0, session := Echo(), CONFIG, chat.opening(TOK, TASK.messages, [SPECS["find"]]))
+    episode.start()
+    ids = TOK.encode(THOUGHT + call('{"name": "other", "arguments": {}}') + "<|im_end|>")
+    episode.on_turn(ids, [0.0] * len(ids))
+    episode.on_turn(TOK.encode(ANSWER), [0.0] * len(TOK.encode(ANSWER)))
+    assert [o.result.error for o in episode.trajectory().observations] == ["unknown_tool"] and not session.calls
+
+
+def test_a_refused_call_is_no_right_call():
+    """What canonical form would forgive, the tool never saw."""
+    spec = ToolSpec("find", "", {"type": "object", "properties": {"q": {"type": "integer"}}})
+    task = dataclasses.replace(TASK, references=((ToolCall("find", '{"q": 5}'),),))
+    for argument, right in (("5", 1), ('"5"', 0)):
+        text = THOUGHT + call(f'{{"name": "find", "arguments": {{"q": {argument}}}}}') + "<|im_end|>"
+        trajectory, _, _ = play([text, ANSWER], task=task, specs={"find": spec})
+        assert evaluate([task], [trajectory], {"find": spec}).process.mean == right
+        assert (process_reward(task, trajectory, {"find": spec}).total == 1.0) == bool(right)
+
+
+def test_200_episodes_of_noise_end_by_a_named_reason(tmp_path):
     rng = np.random.default_rng(0)
     parts = [
         GOOD,
@@ -176,6 +199,8 @@ def test_200_episodes_of_noise_end_by_a_named_reason():
         "é",
         "<|im_start|>",
         "[" * 2000,
+        '<tool_call>\n{"name": "\\ud800", "arguments": {}}\n</tool_call>',
+        '<tool_call>\n{"name": "find", "arguments": {"q": ' + "[" * 900 + "]" * 900 + "}}\n</tool_call>",
     ]
     stops = Counter()
     for _ in range(200):
@@ -183,7 +208,8 @@ def test_200_episodes_of_noise_end_by_a_named_reason():
         config = dataclasses.replace(CONFIG, max_turn_tokens=int(rng.integers(8, 400)), context=int(rng.integers(150, 4096)))
         trajectory, held, _ = play([t or "x" for t in turns], config=config)
         check(trajectory, held)
-        json.dumps(trajectory.to_json())
+        scored = score_groups([TASK], [trajectory], SPECS, Config(grpo=GrpoConfig(group=1)))
+        write_rollouts(tmp_path / "rollouts.jsonl", scored)
         stops[trajectory.stop] += 1
     assert len(stops) >= 5
 

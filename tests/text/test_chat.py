@@ -106,6 +106,11 @@ def test_long_results_are_cut_in_tokens_on_whole_characters(tok):
     assert chat.cut(tok, "short", 63) == "short"
 
 
+def test_runs_that_one_token_spells_do_not_escape_the_cut(qwen_tokenizer):
+    for character in " -=":
+        assert len(qwen_tokenizer.encode_content(chat.cut(qwen_tokenizer, character * 100_000, 64))) <= 64
+
+
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=30).filter(
     lambda s: not any(c in s for c in CONTROL)
 )

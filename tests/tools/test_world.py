@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -100,6 +101,15 @@ def test_a_write_changes_a_later_read():
     assert session.execute(ToolCall.of("cancel_order", order_id=order)).result.error == "not_open"
 
 
+def test_an_account_cannot_pay_itself_and_no_task_asks_for_it(tasks):
+    session = LiveTools("train", 3).start(tasks["train"][0], 0)
+    account = next(iter(database("train", 3).accounts))
+    pay = ToolCall.of("transfer", source=account, target=account, amount=10)
+    assert session.execute(pay).result.error == "same_account"
+    calls = [c.parsed() for t in tasks["train"] for c in t.references[0] if c.name == "transfer"]
+    assert len(calls) > 10 and all(c["source"] != c["target"] for c in calls)
+
+
 def test_demonstrators_have_the_competence_that_they_state(tasks):
     specs = tool_specs()
     by_id = {task.id: task for task in tasks["train"]}
@@ -138,4 +148,6 @@ def test_live_tools_cannot_be_reached_where_forbidden():
     with registry.forbid_live(), pytest.raises(registry.LiveToolError, match="get_weather"):
         LiveTools("train", 3).start(task, 0).execute(call)
     assert registry.live_call_count() == before + 1  # attempts are counted
+    with registry.forbid_live(), ThreadPoolExecutor(1) as pool, pytest.raises(registry.LiveToolError):
+        pool.submit(LiveTools("train", 3).start(task, 0).execute, call).result()
     assert LiveTools("train", 3).start(task, 0).execute(call).result.error == "not_found"

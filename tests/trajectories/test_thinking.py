@@ -1,6 +1,7 @@
 """Reasoning is added, nothing else changes, and nobody knows the future."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -54,6 +55,29 @@ def test_a_teacher_that_knows_the_future_is_refused():
     assert leaks("It is 417.", [], Message("assistant"), future) and not leaks("It is 41.", [], Message("assistant"), future)
 
 
+def test_what_ends_a_turn_is_for_the_user_however_it_sounds():
+    told = Message("assistant", "Next Tuesday at 8 pm there is a game.")
+    messages = (Message("user", "Any game?"), told, Message("user", "Thanks."), Message("assistant", "Now goodbye."))
+    thought = add_thinking(dataclasses.replace(TRANSCRIPT, messages=messages), ScriptedTeacher({}), ThinkingReport())
+    assert [m.content for m in thought.messages] == [m.content for m in messages]
+
+
+@pytest.mark.parametrize("value", ['"Blue Bottle"', "true", "12.50", '"10:30 am"'])
+def test_a_value_of_several_words_or_another_type_leaks_as_well(value):
+    future = [Message("tool", f'{{"x": {value}}}')]
+    said = json.dumps(json.loads(value)).strip('"')
+    assert leaks(f"It will be {said}.", [], Message("assistant"), future)
+    assert not leaks(f"It will be {said}.", [Message("user", f"Say {said}!")], Message("assistant"), future)
+    assert not leaks("It will be blue 12.", [], Message("assistant"), future)
+
+
+def test_calls_that_are_no_json_are_thought_about_all_the_same():
+    broken = Message("assistant", tool_calls=(ToolCall("get_order", '{"order_id": '),))
+    transcript = dataclasses.replace(TRANSCRIPT, messages=(TRANSCRIPT.messages[0], broken, *TRANSCRIPT.messages[2:]))
+    thought = add_thinking(transcript, ScriptedTeacher({}), ThinkingReport())
+    assert "get_order" in thought.messages[1].reasoning and thought.messages[1].tool_calls == broken.tool_calls
+
+
 def test_every_world_transcript_keeps_calls_and_results():
     specs, report = tool_specs(), ThinkingReport()
     agents = ["expert", "stopper", "wanderer"]
@@ -76,6 +100,8 @@ def test_a_changed_call_result_or_request_is_found(index):
 
 def test_a_broken_line_costs_only_itself(tmp_path):
     path = tmp_path / "transcripts.jsonl"
+    half = dataclasses.replace(TRANSCRIPT, messages=(Message("user", "half a pair: \ud800"), *TRANSCRIPT.messages[1:]))
+    assert write_transcripts(path, [half]) == 1 and read_transcripts(path) == ([half], [])
     assert write_transcripts(path, [TRANSCRIPT, TRANSCRIPT]) == 2
     good = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([good[0], b'{"id": "half', b"\xff\xfe", b"[1]", b'{"id": 1}', b"", good[1]]))
