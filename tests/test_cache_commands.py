@@ -72,11 +72,14 @@ def cache(capsys, verb, corpus, *more):
 def test_import_then_lookup(corpus, tmp_path, capsys):
     store = tmp_path / "a.sqlite"
     status, out, _ = cache(capsys, "import", corpus, "--store", store, "--key", "raw")
+    (problem,) = (counts := json.loads(out)).pop("problems")
+    assert problem.startswith("dialogues_001.json, dialogue broken: ")
     counted = {"calls": 3, "distinct": 2, "conflicting": 1, "hits_while_filling": 1, "malformed": 1}
-    assert status == 0 and json.loads(out) == counted
+    assert status == 0 and counts == counted
     status, out, _ = cache(capsys, "lookup", corpus, "--store", store)
     hits = {"exact_hits": 3, "recorded_among_stored": 3, "recorded_is_most_frequent": 2}
-    assert status == 0 and json.loads(out) == {"calls": 3, "distinct": 2, "conflicting": 1, "malformed": 1} | hits
+    expected = {"calls": 3, "distinct": 2, "conflicting": 1, "malformed": 1, "problems": [problem]} | hits
+    assert status == 0 and json.loads(out) == expected
 
 
 def test_a_second_import_and_another_key_are_refused_and_change_nothing(corpus, tmp_path, capsys):
