@@ -1,13 +1,20 @@
 """Shared fixtures. Tests run on the CPU, refuse silent rank promotion, and skip what needs data that is not there."""
 
+import inspect
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import numpy as np
 import pytest
+from beartype import beartype
+from jaxtyping import Shaped, jaxtyped
+
+from cacherl_jax.model import attention
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,6 +22,27 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiled programs are kept between runs: most of the suite's time is compilation.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def check_shapes_in_names(module) -> None:
+    """Makes the public functions of a module check what the names of their arguments say: of q_BTNH and k_BKSH, four axes
+    each, with one B and one H."""
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        shapes = {p: found[1] for p in inspect.signature(function).parameters if (found := re.search(r"_([A-Z][A-Z0-9]*)$", p))}
+        if shapes and function.__module__ == module.__name__ and not name.startswith("_"):
+            arrays = {p: Shaped[jax.Array | np.ndarray, " ".join(axes)] for p, axes in shapes.items()}
+            optional = {p for p, parameter in inspect.signature(function).parameters.items() if parameter.default is None}
+            function.__annotations__ = {p: array | None if p in optional else array for p, array in arrays.items()}
+            setattr(module, name, jaxtyped(beartype(function), typechecker=None))
+
+
+check_shapes_in_names(attention)  # before qwen3 takes its function from there
+
+from cacherl_jax.model import qwen3  # noqa: E402
+from cacherl_jax.train import losses  # noqa: E402
+
+for checked in (qwen3, losses):
+    check_shapes_in_names(checked)
 
 
 @pytest.fixture(scope="session")

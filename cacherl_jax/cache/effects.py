@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cacherl_jax.cache.intervals import Call, Counts, Evidence, Pair, Tool, episodes_of, evidence_of
+from cacherl_jax.cache.effects_evidence import Call, Counts, Evidence, Pair, Tool, episodes_of, evidence_of
 from cacherl_jax.cache.store import Recording
 from cacherl_jax.types import Effects, ToolSpec
 

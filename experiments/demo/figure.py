@@ -1,4 +1,4 @@
-"""Draws figure.png and prints the table of README.md from the results kept in this folder.
+"""Draws figure.png and prints the tables of README.md from the results kept in this folder.
 
 Command:  python experiments/demo/figure.py
 """
@@ -25,8 +25,10 @@ def main() -> None:
     curves = [read_metrics(path) for path in sorted(HERE.glob("seed*/metrics.jsonl"))]
     families = list(summaries[0]["families"]["sft"])
 
-    def of(policy: str, family: str) -> list[float]:
-        return [s["families"][policy][family]["accuracy"] for s in summaries]
+    def of(policy: str, family: str) -> float:
+        """Accuracy over the tasks of all seeds."""
+        parts = [s["families"][policy][family] for s in summaries]
+        return sum(part["accuracy"] * part["n"] for part in parts) / sum(part["n"] for part in parts)
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True, width_ratios=(1, 0.8, 1.6))
     for seed, rows in enumerate(curves):
@@ -43,10 +45,10 @@ def main() -> None:
     middle.set_xticks(range(3), [textwrap.fill(name, 13) for name in POLICIES.values()], fontsize=9)
     width = 0.27
     for i, policy in enumerate(POLICIES):
-        means = [np.mean(of(policy, family)) for family in families]
-        right.bar(np.arange(len(families)) + (i - 1) * width, means, width, color=COLOURS[policy], label=POLICIES[policy])
+        shares = [of(policy, family) for family in families]
+        right.bar(np.arange(len(families)) + (i - 1) * width, shares, width, color=COLOURS[policy], label=POLICIES[policy])
     right.set_xticks(range(len(families)), [f.replace("_", "\n") for f in families])
-    right.set(title="by family of tasks, mean of seeds", ylim=(0, 1.3))
+    right.set(title="by family, tasks of all seeds", ylim=(0, 1.3))
     right.legend(loc="upper center", fontsize=8, ncols=3)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -67,7 +69,19 @@ def main() -> None:
     print("\n| family (tasks, three seeds) | SFT, all | SFT, expert alone | GRPO |\n|---|---|---|---|")
     for family in families:
         n = sum(s["families"]["sft"][family]["n"] for s in summaries)
-        print(f"| {family} ({n}) | " + " | ".join(f"{np.mean(of(p, family)):.2f}" for p in POLICIES) + " |")
+        print(f"| {family} ({n}) | " + " | ".join(f"{of(p, family):.2f}" for p in POLICIES) + " |")
+    kept = [json.loads(path.read_text()) for path in sorted(HERE.glob("seed*/outcomes.json"))]
+    kinds = ("right", "stops early", "wrong argument", "calls too much", "other")
+    print(f"\n| family | policy | {' | '.join(kinds)} |\n|---|---|{'---|' * len(kinds)}")
+    for family in ("chain3", "chain4", "choose", "error_recovery", "write_then_read"):
+        for policy in POLICIES:
+            counts = [sum(k["outcomes"][policy][family].get(kind, 0) for k in kept) for kind in kinds]
+            print(f"| {family} | {POLICIES[policy]} | {' | '.join(map(str, counts))} |")
+    for seed, k in enumerate(kept):
+        late = [group["all right"] for group in k["groups"][10:]]
+        spread = f"{min(late):.2f} to {max(late):.2f}, mean {np.mean(late):.2f}"
+        print(f"\ngroups all right after step 10, seed {seed}: {spread}", end="")
+    print()
     for kind in ("calls", "rollouts"):
         names = sorted({t for s in summaries for t in s["tiers"][kind]})
         print(
