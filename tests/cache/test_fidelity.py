@@ -159,3 +159,11 @@ def test_no_dialogue_is_judged_by_itself():
     judged = list(fit.crossfit(rows, {}, CONFIG))
     assert len(judged) == 200 and not any(j.right for j in judged)
     assert {j.evidence.tier for j in judged} == {Tier.BEST_EFFORT}
+
+
+def test_a_rule_that_folds_are_too_small_for_does_not_flatter_a_lower_tier():
+    """34 dialogues certify that the number does not matter, 27 cannot: held-out calls would count for the nearest call."""
+    rows = [recording("same", i, "r", f"d{i}") for i in range(34)]
+    fitted = fit.fit(filled(rows), {}, CONFIG)
+    assert len(fitted.rules) == 1 and fitted.answers == 0
+    assert {(j.evidence.tier, j.right) for j in fit.crossfit(rows, {}, CONFIG)} == {(Tier.BEST_EFFORT, True)}
