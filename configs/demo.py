@@ -12,7 +12,7 @@ def get_config() -> Config:
     return Config(
         name="demo",
         data=DataConfig(train_tasks=2500, demonstrators=("expert", "stopper", "stopper", "stopper", "wanderer")),
-        cache=CacheConfig(adapted=False, fidelity="table"),  # the paper's tiers, the fixed table of weights
+        cache=CacheConfig(adapted=False, fidelity="table"),  # exact, fuzzy and best effort, weighted by the fixed table
         tokenizer=TokenizerConfig(vocab_size=1100),
         sft=SftConfig(steps=900, optimizer=OptimizerConfig(learning_rate=4.5e-3, adam_learning_rate=3e-3)),
         grpo=GrpoConfig(

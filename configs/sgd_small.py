@@ -36,7 +36,7 @@ def get_config() -> Config:
             validation_tasks=100,
             test_tasks=100_000,
         ),
-        cache=CacheConfig(adapted=False, fidelity="table"),  # the paper's tiers, the fixed table of weights
+        cache=CacheConfig(adapted=False, fidelity="table"),  # exact, fuzzy and best effort, weighted by the fixed table
         tokenizer=TokenizerConfig(vocab_size=1600),
         sft=SftConfig(steps=3000, optimizer=OptimizerConfig(learning_rate=5e-3, adam_learning_rate=2e-3)),
         rollout=RolloutConfig(context=1024, max_turns=24, max_turn_tokens=96, max_sampled_tokens=600, max_tool_tokens=96),
