@@ -19,6 +19,7 @@ from cacherl_jax.config import Config
 from cacherl_jax.evaluate import coverage, intervals, process_accuracy
 from cacherl_jax.evaluate.report import TIER_COLOURS
 from cacherl_jax.metrics import read_metrics
+from cacherl_jax.reward import process
 from cacherl_jax.run_directory import RunDirectory
 
 HERE = Path(__file__).parent
@@ -41,6 +42,7 @@ def main() -> None:
                 "tasks": len(chosen),
                 "process_accuracy": [measured.process.mean, measured.process.low, measured.process.high],
                 "milestones": measured.milestones.mean,
+                "parts of the process reward": _parts([(tasks[i], trajectories[i]) for i in chosen], specs),
                 "calls_per_task": measured.calls_per_task,
                 "stops": dict(Counter(trajectories[i].stop.value for i in chosen)),
                 "tiers": dict(Counter(o.tier.value for i in chosen for o in trajectories[i].observations)),
@@ -58,6 +60,12 @@ def main() -> None:
     shutil.copy(out / "summary.json", HERE / "summary.json")
     shutil.copy(out / "grpo" / "metrics.jsonl", HERE / "metrics.jsonl")
     _draw(read_metrics(out / "sft" / "metrics.jsonl"), read_metrics(out / "grpo" / "metrics.jsonl"), result)
+
+
+def _parts(pairs: list, specs: dict) -> dict[str, float]:
+    """What the calls got right, from the names of tools to whole calls: means over tasks."""
+    rewards = [process.process_reward(task, trajectory, specs) for task, trajectory in pairs]
+    return {part: sum(getattr(r, part) for r in rewards) / len(rewards) for part in process.WEIGHTS}
 
 
 def _draw(sft: list, grpo: list, result: dict) -> None:

@@ -111,20 +111,20 @@ def test_a_copy_is_complete_frozen_and_one_file(source, tmp_path):
 @pytest.mark.parametrize(
     ("ttl", "left"),
     [
-        (None, {"a", "b", "old", "timeless", "no"}),
-        (800.0, {"b", "timeless", "no"}),  # an entry is as old as its newest recording
-        ({"g": 800.0}, {"a", "b", "timeless", "no"}),
-        ({"g": 900.0, "h": 0.0}, {"a", "b", "old", "timeless"}),
-        (0.0, {"timeless"}),
+        (None, "a b old timeless no"),
+        (800.0, "b timeless no"),  # an entry is as old as its newest recording
+        ({"g": 800.0}, "a b timeless no"),
+        ({"g": 900.0, "h": 0.0}, "a b old timeless"),
+        (0.0, "timeless"),
     ],
     ids=str,
 )
 def test_what_is_too_old_is_left_out_when_a_snapshot_is_taken(source, tmp_path, ttl, left):
     identity = take(source, tmp_path / "s.sqlite", ttl=ttl, now=1000.0)
     with SQLiteStore(tmp_path / "s.sqlite", mode="r") as frozen:
-        assert {e.result.content for e in frozen.entries()} == left
+        assert {e.result.content for e in frozen.entries()} == set(left.split())
         assert identity == snapshot_id(frozen)
-        if "b" in left:  # counts are those of all recordings
+        if "b" in left.split():  # counts are those of all recordings
             assert next(e.count for e in frozen.get(b"k1") if e.result.content == "b") == 2
 
 

@@ -184,7 +184,7 @@ def test_a_record_that_cannot_be_read_costs_only_itself_and_is_named(tmp_path, r
         assert problem.startswith(f"dialogues_001.json, dialogue {name}: {reason}")
 
 
-GZIPPED = gzip.compress(json.dumps([numbered(9)]).encode())
+GZIPPED = gzip.compress(json.dumps([numbered(9)]).encode(), mtime=0)
 
 
 @pytest.mark.parametrize(
