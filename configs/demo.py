@@ -1,8 +1,8 @@
 """The whole method on the embedded tool world, with a Qwen3 of 0.9M parameters trained from scratch.
 
 Command:  cacherl demo --config configs/demo.py --out runs/demo     (make demo)
-Cost:     about 650 CPU-seconds and 1.5 GB on a laptop, no network
-Expect:   process accuracy on 400 unseen tasks about 0.65 after SFT and 0.84 after GRPO; see experiments/demo/
+Cost:     about 680 CPU-seconds and 1.5 GB on a laptop, no network
+Expect:   process accuracy on 400 unseen tasks about 0.65 after SFT and 0.85 after GRPO; see experiments/demo/
 """
 
 from cacherl_jax.config import CacheConfig, Config, DataConfig, GrpoConfig, OptimizerConfig, SftConfig, TokenizerConfig
