@@ -2,7 +2,7 @@
 
 Command:  python experiments/fidelity/run.py --data DATA --out runs/fidelity          (splits of every corpus)
           python experiments/fidelity/run.py --data DATA --out runs/fidelity --dev    (and SGD dev, once)
-Cost:     about 15 CPU-minutes, 2 GB; finished splits are kept in --out and not run again
+Cost:     about 10 CPU-minutes, 2 GB; finished splits are kept in --out and not run again
 Writes:   metrics.json and figure.png beside this file, and prints the tables of README.md
 
 DATA holds the corpora as their upstream repositories have them: sgd/train, sgd/dev, taskmaster4, star, tau-bench.
