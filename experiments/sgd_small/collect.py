@@ -87,15 +87,14 @@ def _draw(sft: list, grpo: list, result: dict) -> None:
     )
     third.set(title="How the cache answered in training", xlabel="step", ylabel="share of calls", ylim=(0, 1), xmargin=0)
     third.legend(fontsize=8, loc="lower right")
+    parts = (*process.WEIGHTS, "accuracy")
     for i, (policy, colour) in enumerate((("sft", "#BBBBBB"), ("grpo", "#009E73"))):
-        for x, group in enumerate(("seen", "unseen")):
-            mean, low, high = result[f"{policy}.{group}"]["process_accuracy"]
-            at = x + (i - 0.5) * 0.38
-            fourth.bar(at, mean, 0.36, color=colour, label=policy.upper() if x == 0 else None)
-            fourth.errorbar(at, mean, [[mean - low], [high - mean]], color="black", capsize=4)
-            fourth.text(at, high + 0.01, f"{mean:.2f}", ha="center")
-    fourth.set_xticks((0, 1), [f"{g} services\n({result[f'sft.{g}']['tasks']} dialogues)" for g in ("seen", "unseen")])
-    fourth.set(title="dev, once: process accuracy", ylim=(0, None))
+        found = result[f"{policy}.seen"]
+        values = [*(found["parts of the process reward"][part] for part in process.WEIGHTS), found["process_accuracy"][0]]
+        bars = fourth.bar([x + (i - 0.5) * 0.38 for x in range(len(parts))], values, 0.36, color=colour, label=policy.upper())
+        fourth.bar_label(bars, fmt="%.2f", fontsize=8)
+    fourth.set_xticks(range(len(parts)), ["tool\nnames", "para-\nmeters", "values", "whole\ncalls", "whole\ntasks"])
+    fourth.set(title=f"dev, {result['sft.seen']['tasks']} dialogues, seen: matched", ylim=(0, 1))
     fourth.legend()
     for axes in (first, second, third, fourth):
         axes.spines[["top", "right"]].set_visible(False)
