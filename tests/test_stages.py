@@ -147,14 +147,21 @@ def test_a_broken_line_in_the_recordings_is_counted_and_named(tmp_path, capsys):
 
 def test_killed_and_interrupted_runs_end_as_uninterrupted_ones(finished, tmp_path):
     """kill -9 in sft, Ctrl-C in grpo; then the same command once more gives the same losses, tokens and figures."""
-    command = [sys.executable, "-m", "cacherl_jax.cli", *arguments("demo", tmp_path)]
+    # A child of tests that run in the background would ignore Ctrl-C.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from cacherl_jax.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, *arguments("demo", tmp_path)]
     programs = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
 
     def stop_when(path, lines, how):
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | programs)
+        child = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | programs
+        )
         while child.poll() is None:
             if path.is_file() and len(path.read_text().splitlines()) >= lines:
                 child.send_signal(how)

@@ -208,7 +208,15 @@ def test_interrupted_training_ends_as_uninterrupted_training(tmp_path, stop):
     assert metrics.read_metrics(tmp_path / "a/sft/metrics.jsonl") == metrics.read_metrics(tmp_path / "b/sft/metrics.jsonl")
 
 
-def test_ctrl_c_waits_for_the_end_of_an_update():
+@pytest.fixture
+def ctrl_c():
+    """Python's own handling of Ctrl-C, also where the tests were started in the background, with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_the_end_of_an_update(ctrl_c):
     reached = []
 
     def update():
