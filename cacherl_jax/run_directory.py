@@ -28,7 +28,7 @@ def write_json(path: Path, value: Any) -> None:
     """Atomic: a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")  # in ASCII: a problem may quote half a surrogate pair
     os.replace(temporary, path)
 
 
