@@ -1,4 +1,4 @@
-"""The `cacherl` command: one verb a stage, `demo` for all of them, `cache` for stores of recorded calls."""
+"""The `cacherl` command: one verb a stage, `demo` for all of them, `rollout` for episodes alone, `cache` for stores."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cacherl_jax import rollout_verb
 from cacherl_jax.cache_cli import add_verbs
 from cacherl_jax.config import Config, ConfigError, load_config, with_overrides
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "eval": "test tasks, live and from the evaluation store",
         "report": "summary.json, figure, table, page of trajectories",
         "demo": "all of these, in order",
+        "rollout": "play tasks with a policy, tools answered by a store, into a folder of trajectories",
     }
     for name, text in helps.items():
         verb = verbs.add_parser(name, help=text, description=text)
@@ -62,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--out", type=Path, required=True, help="the run's folder")
         verb.add_argument("--json", action="store_true", help="one JSON object on standard output, no progress bars")
         verb.set_defaults(verb=_run_stages, stages=STAGES if name == "demo" else (name,))
+        if name == "rollout":
+            rollout_verb.add_arguments(verb)
+            verb.set_defaults(verb=_rollout)
     add_verbs(verbs.add_parser("cache", help="stores of recorded calls: fill, fit, inspect, publish"))
     return parser
 
@@ -90,6 +95,13 @@ def _run_stages(args: argparse.Namespace) -> dict[str, Any]:
     for stage in args.stages:
         result = verbs[stage](run, progress)
     return result
+
+
+def _rollout(args: argparse.Namespace) -> dict[str, Any]:
+    config = _config(args)
+    from cacherl_jax import metrics
+
+    return rollout_verb.rollout(args, config, metrics.progress_factory(enabled=not args.json))
 
 
 WIDE = 60  # characters of a table's cell

@@ -162,7 +162,9 @@ class SftConfig:
 class RolloutConfig:
     """The agent loop and its engine (rooms: rollout/)."""
 
-    rows: Positive = 64  # compiled rows; never changes within a run, or bits differ
+    rows: Positive = 64  # compiled rows a device (of tp devices together); never changes within a run, or bits differ
+    slots: Count = 0  # rows in use on all devices; 0: all
+    tp: Count = 0  # devices that share a row's heads; 0: as in training
     context: Positive = 256
     decode_steps: Positive = 4  # tokens a dispatch
     max_turns: Positive = 8

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from cacherl_jax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "tp")
+ROWS = ("data", "fsdp")  # the axes that split rows
 
 # Logical axes of parameters (model/qwen3.py) to mesh axes. None: replicated.
 LOGICAL_TO_MESH: dict[str, str | None] = {
@@ -51,6 +52,23 @@ def parameter_sharding(mesh: Mesh, shape: Sequence[int], logical: Sequence[str],
     return NamedSharding(mesh, P(*axes))
 
 
+def one_device() -> Mesh:
+    """The first device alone, for work that needs no others."""
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def rollout_mesh(mesh: Mesh, tp: int) -> Mesh:
+    """The same devices laid out for rollouts: rows over all of them but `tp` ways of heads (0: as many as in `mesh`).
+
+    Raises ConfigError when the devices of a process do not divide: its rows would lie on another's devices.
+    """
+    devices, tp = mesh.devices.reshape(-1), tp or mesh.shape["tp"]
+    own = len(devices) // jax.process_count()
+    if own % tp:
+        raise ConfigError(f"rollout.tp={tp} does not divide the {own} devices of a process")
+    return make_mesh(MeshConfig(data=len(devices) // tp, tp=tp), sorted(devices, key=lambda d: (d.process_index, d.id)))
+
+
 def row_ways(mesh: Mesh) -> int:
     """In how many parts a batch's rows are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
@@ -66,6 +84,30 @@ def place(batch: Any, mesh: Mesh) -> Any:
     def put(x: Any) -> jax.Array:
         if x.shape[0] % ways:
             raise ConfigError(f"a batch of {x.shape[0]} rows does not divide over data x fsdp = {ways} devices")
-        return jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"))))
+        return jax.device_put(x, rows_sharding(mesh))
 
     return jax.tree.map(put, batch)
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Of an array with rows first."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def cache_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a KV cache [L, B, K, S, H]: rows over the data axes, heads over tp."""
+    return NamedSharding(mesh, P(None, ROWS, "tp"))
+
+
+def local_row_ways(mesh: Mesh) -> int:
+    """In how many parts the rows of this process are split."""
+    parts = rows_sharding(mesh).addressable_devices_indices_map((row_ways(mesh),)).values()
+    return len({part[0].start or 0 for part in parts})
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """The rows of an array, rows first, that lie on devices of this process, in order."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])

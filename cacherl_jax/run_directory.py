@@ -16,7 +16,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,11 @@ def write_json(path: Path, value: Any) -> None:
 class RunDirectory:
     """`out` with the bookkeeping of stages. Creating one writes nothing."""
 
-    def __init__(self, out: Path, config: Config) -> None:
+    def __init__(self, out: Path, config: Config, inputs: Mapping[str, Any] | None = None) -> None:
+        """inputs: digests of what a stage reads beside the configuration; its settings name them "inputs"."""
         if out.exists() and not out.is_dir():
             raise ConfigError(f"--out {out} is a file, expected a folder")
-        self.out, self.config = out, config
+        self.out, self.config, self._inputs = out, config, dict(inputs or {})
 
     def done(self, stage: str) -> dict[str, Any] | None:
         """The result of a finished stage, else None. Raises ConfigError when it was begun with other settings."""
@@ -92,7 +93,7 @@ class RunDirectory:
     def _part(self, parts: Iterable[str]) -> dict[str, Any]:
         settings = {}
         for part in parts:
-            value: Any = self.config.to_json()
+            value: Any = self.config.to_json() | {"inputs": self._inputs}
             for name in part.split("."):
                 value = value[name]
             settings[part] = json.loads(json.dumps(value))  # as it reads back: lists for tuples

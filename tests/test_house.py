@@ -52,9 +52,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": THIRD | {"rollout", "reward", "evaluate", "checkpoint"},
     "run_directory": FIRST,
     "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory"},
+    "rollout_verb": THIRD | {"rollout", "checkpoint", "run_directory", "interrupts"},
     "cache_verbs": THIRD | {"evaluate"},
     "cache_cli": {"cache_verbs"},
-    "cli": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory", "stages", "cache_cli"},
+    "cli": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory", "stages", "rollout_verb", "cache_cli"},
     "": {"versions"},  # cacherl_jax/__init__.py
 }
 # Rooms for a host without an accelerator's libraries.

@@ -142,8 +142,16 @@ def init(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Qwen3
 
     if mesh is None:
         return Qwen3(config, jax.jit(build)())
-    shardings = _map_table(lambda name, w: meshes.parameter_sharding(mesh, w.shape, w.axes, name), weights)
-    return Qwen3(config, jax.jit(build, out_shardings=shardings)())
+    return Qwen3(config, jax.jit(build, out_shardings=_shardings(config, mesh))())
+
+
+def shardings(config: ModelConfig, mesh: Mesh) -> Qwen3:
+    """Where each parameter lives on `mesh`, as a model of shardings. Raises ConfigError if one does not divide."""
+    return Qwen3(config, _shardings(config, mesh))
+
+
+def _shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    return _map_table(lambda name, w: meshes.parameter_sharding(mesh, w.shape, w.axes, name), table(config))
 
 
 def _map_table(fn: Any, tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

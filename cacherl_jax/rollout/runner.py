@@ -1,20 +1,47 @@
-"""Continuous batching: rows are refilled as episodes end, injections of all rows are read together."""
+"""Continuous batching: rows are refilled as episodes end, injections of all rows are read together.
+
+The host works one dispatch late: it launches the next one, then reads what the last one sampled, so that the device never
+waits for parsing and tools. A row whose turn ended meanwhile stands still for that dispatch; so does one whose tools have
+not answered yet.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
+import jax
 
+from cacherl_jax import interrupts
 from cacherl_jax.config import RolloutConfig
 from cacherl_jax.model import qwen3
-from cacherl_jax.rollout.agent_loop import Episode
+from cacherl_jax.rollout import fork, lockstep
+from cacherl_jax.rollout.agent_loop import CallTools, Episode, Inject, Step
 from cacherl_jax.rollout.engine import Engine
-from cacherl_jax.rollout.sampling import turn_key
+from cacherl_jax.rollout.rows import Row, Rows, shared_slots
+from cacherl_jax.rollout.tool_calls import Answer, ToolCalls
 from cacherl_jax.text import chat
 from cacherl_jax.text.chat import Piece
 from cacherl_jax.text.tokenizer import Tokenizer
 from cacherl_jax.types import Task, ToolProvider, ToolSpec, Trajectory
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Facts of one decode dispatch, for those who watch how busy the rows are.
+
+    used: rows with an episode; ready: those whose tools owe no answer; advanced: those that kept a token; tokens: kept in
+    all; queued: episodes that waited for a row; device_seconds: how long the host waited for what it sampled.
+    """
+
+    used: int
+    ready: int
+    advanced: int
+    tokens: int
+    queued: int
+    device_seconds: float
 
 
 def run(
@@ -27,78 +54,109 @@ def run(
     config: RolloutConfig,
     seed: int,
     *,
+    replays: Mapping[tuple[str, int], fork.Replay] | None = None,
+    finished: Iterable[Trajectory] = (),
     on_done: Callable[[Trajectory], object] | None = None,
+    on_dispatch: Callable[[Dispatch], object] | None = None,
 ) -> list[Trajectory]:
     """Plays every (task, sample) and returns the trajectories in the order asked.
 
-    A turn's draws depend on (seed, task id, sample, turn) alone: rows, order and company change nothing. Raises ValueError
-    before anything is sampled when a task lists a tool that `specs` lacks.
+    A turn's draws depend on (seed, task id, sample, turn) alone: rows, order and company change nothing. `model` lies as
+    `engine.place` puts it. `finished` are not played again; `replays` begin as stored trajectories did. Under several
+    processes all call this with the same episodes, each plays its share, and all get all trajectories; `finished`,
+    `on_done` and `on_dispatch` concern its own. Raises ValueError before anything is sampled when a task lists a tool that
+    `specs` lacks.
     """
     openings = _openings(tok, specs, [task for task, _ in episodes])
-    finished: dict[int, Trajectory] = {}
-    waiting = list(range(len(episodes)))[::-1]
-    playing: dict[int, tuple[int, Episode]] = {}  # row -> (index, episode)
-    turns: dict[int, tuple[list[int], list[float]]] = {}  # row -> the turn sampled so far
-    state = engine.init()
+    own = [episodes[i] for i in lockstep.mine(len(episodes))]
+    index_of = {(task.id, sample): i for i, (task, sample) in enumerate(own)}
+    done = {index_of[t.task_id, t.sample]: t for t in finished if (t.task_id, t.sample) in index_of}
+    waiting = [i for i in range(len(own)) if i not in done][::-1]
+    rows = Rows(engine, shared_slots(config.slots, engine.rows, jax.process_index(), jax.process_count()), seed)
 
-    def finish(index: int, episode: Episode) -> None:
-        finished[index] = episode.trajectory()
+    def begin(index: int) -> tuple[Row, Inject | None]:
+        task, sample = own[index]
+        row = Row(index, Episode(tok, specs, task, sample, config, openings[task.id]), provider.start(task, sample))
+        replay = (replays or {}).get((task.id, sample))
+        return row, row.episode.start() if replay is None else fork.replay(row.episode, row.session, replay)
+
+    def fill() -> None:
+        while waiting and rows.free:
+            row, step = begin(waiting.pop())
+            finish(row) if step is None else rows.put(row, step.ids)
+
+    def finish(row: Row) -> None:
+        done[row.index] = row.episode.trajectory(tuple(row.seconds))
         if on_done is not None:
-            on_done(finished[index])
+            on_done(done[row.index])
 
-    injections: dict[int, list[int]] = {}
-    while waiting or playing:
-        fresh = set()
-        for row in range(engine.rows):
-            while row not in playing and waiting:
-                index = waiting.pop()
-                task, sample = episodes[index]
-                episode = Episode(tok, specs, task, sample, provider.start(task, sample), config, openings[task.id])
-                ids = episode.start()
-                if ids is None:
-                    finish(index, episode)
-                else:
-                    playing[row], injections[row] = (index, episode), ids
-                    fresh.add(row)
-        if not playing:
-            break
-        if injections:
-            state = engine.append(model, state, injections, frozenset(fresh))
-            turns |= {row: ([], []) for row in injections}
-        injections = {}
-        budgets_B, taken_B, minimum_B, keys_B2 = _controls(engine.rows, playing, turns, seed)
-        state, out = engine.decode(
-            model, state, budgets_B=budgets_B, taken_B=taken_B, minimum_B=minimum_B, keys_B2=keys_B2,
-            temperature=config.temperature,
-        )  # fmt: skip
-        for row, (index, episode) in list(playing.items()):
-            ids, logprobs = turns[row]
-            count = int(out.counts_B[row])
-            ids += out.tokens_NB[:count, row].tolist()
-            logprobs += out.logprobs_NB[:count, row].tolist()
-            if not out.stopped_B[row] and len(ids) < episode.budget:
-                continue
-            injected = episode.on_turn(ids, logprobs)
-            if injected is None:
-                finish(index, episode)
-                del playing[row], turns[row]
-            else:
-                injections[row] = injected
-    return [finished[index] for index in range(len(episodes))]
+    def advance(at: int, step: Step) -> None:
+        row = rows.used[at]
+        if isinstance(step, CallTools):
+            row.since, row.calling = time.monotonic(), True
+            answers = calls.submit(at, row.session, step.calls, blocking=provider.blocking)
+            if answers is not None:
+                take_answers(at, answers)
+        elif step is None:
+            finish(rows.used.pop(at))
+        else:
+            row.inject = step.ids
 
+    def take_answers(at: int, answers: Sequence[Answer]) -> None:
+        row = rows.used[at]
+        row.calling = False
+        row.seconds[-1] = row.seconds[-1][0], time.monotonic() - row.since
+        advance(at, row.episode.on_answers(answers))
 
-def _controls(
-    rows: int, playing: Mapping[int, tuple[int, Episode]], turns: Mapping[int, tuple[list[int], list[float]]], seed: int
-) -> tuple[np.ndarray, ...]:
-    """(budgets_B, taken_B, minimum_B, keys_B2) for the next dispatch; rows without an episode have budget 0."""
-    budgets_B, taken_B, minimum_B = (np.zeros((rows,), np.int32) for _ in range(3))
-    keys_B2 = np.zeros((rows, 2), np.uint32)
-    for row, (_, episode) in playing.items():
-        taken_B[row] = len(turns[row][0])
-        budgets_B[row] = episode.budget - taken_B[row]
-        minimum_B[row] = episode.minimum
-        keys_B2[row] = turn_key(seed, episode.task.id, episode.sample, episode.turn)
-    return budgets_B, taken_B, minimum_B, keys_B2
+    def take_tokens(out: Any, launched: Mapping[str, Any]) -> None:
+        start = time.monotonic()
+        sampled = engine.read(out)
+        now = time.monotonic()
+        if on_dispatch is not None:
+            counts_B = sampled.counts_B
+            facts = {"advanced": int((counts_B > 0).sum()), "tokens": int(counts_B.sum()), "device_seconds": now - start}
+            on_dispatch(Dispatch(**launched, **facts))
+        for at in [at for at in rows.used if sampled.counts_B[at]]:
+            row, count = rows.used[at], int(sampled.counts_B[at])
+            row.ids += sampled.tokens_BN[at, :count].tolist()
+            row.logprobs += sampled.logprobs_BN[at, :count].tolist()
+            row.behavior += sampled.behavior_BN[at, :count].tolist()
+            row.length, row.pending = row.length + count, row.ids[-1]
+            if sampled.stopped_B[at] or len(row.ids) >= row.episode.budget:
+                row.left = 0
+                row.seconds.append((now - row.since, 0.0))
+                advance(at, row.episode.on_turn(row.ids, row.logprobs, row.behavior))
+
+    state, flying = engine.init(), None  # flying: the dispatch that the host has not read yet
+    with ToolCalls(specs, config.tool_timeout) as calls:
+        while True:
+            for at, answers in calls.done().items():
+                take_answers(at, answers)
+            fill()
+            plan, turns = rows.open_turns()
+            active = any(row.left > 0 for row in rows.used.values())
+            *counts, active, going, interrupted = lockstep.agree(
+                [*plan.counts(), active, bool(rows.used) or flying is not None, interrupts.pending()]
+            )
+            if interrupted:
+                raise KeyboardInterrupt
+            if not going:
+                break
+            launched = None
+            if active:
+                ready = sum(not row.calling for row in rows.used.values())
+                state = engine.append(model, state, plan, counts)
+                state, out = engine.decode(model, state, turns, config.temperature)
+                launched = out, {"used": len(rows.used), "ready": ready, "queued": len(waiting)}
+                for at, row in rows.used.items():
+                    row.left = max(0, row.left - engine.steps)
+                    row.since = time.monotonic() if at in turns else row.since
+            if flying is not None:
+                take_tokens(*flying)
+            elif launched is None:
+                calls.wait()
+            flying = launched
+    return lockstep.gather([done[i] for i in range(len(own))])
 
 
 def _openings(tok: Tokenizer, specs: Mapping[str, ToolSpec], tasks: Sequence[Task]) -> dict[str, list[Piece]]:

@@ -23,9 +23,12 @@ def sample(
     *,
     top_p: float,
     top_k: int,
-) -> jax.Array:
-    """A token a row, int32 [B]: from softmax(logits / temperature), kept to the top_k most likely and to the smallest set
-    of mass top_p; the most likely one at temperature 0. keys_B2 are folded with steps_B, the position within the turn."""
+) -> tuple[jax.Array, jax.Array]:
+    """A token a row, int32 [B], and its logprob under the distribution that it was drawn from, float32 [B].
+
+    Drawn from softmax(logits / temperature), kept to the top_k most likely and to the smallest set of mass top_p; the most
+    likely token, with logprob 0, at temperature 0. keys_B2 are folded with steps_B, the position within the turn.
+    """
     V = logits_BV.shape[-1]
     greedy_B = jnp.argmax(logits_BV, axis=-1)
     scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
@@ -42,5 +45,12 @@ def sample(
     def noise(key_2: jax.Array, step: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key_2), step), (V,))
 
-    sampled_B = jnp.argmax(scaled_BV + jax.vmap(noise)(keys_B2, steps_B), axis=-1)
-    return jnp.where(temperature > 0, sampled_B, greedy_B).astype(jnp.int32)
+    drawn_B = jnp.argmax(scaled_BV + jax.vmap(noise)(keys_B2, steps_B), axis=-1)
+    token_B = jnp.where(temperature > 0, drawn_B, greedy_B).astype(jnp.int32)
+    return token_B, jnp.where(temperature > 0, logprob_of(scaled_BV, token_B), 0.0)
+
+
+def logprob_of(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    """log softmax(logits)[token], float32 [B]."""
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+    return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)

@@ -1,0 +1,251 @@
+"""`cacherl rollout`: plays tasks with a policy, every tool call answered from a store, into a folder of trajectories.
+
+    OUT/rollouts/settings.json           what decides the tokens: configuration, store, tasks, weights
+    OUT/rollouts/streamed.PROCESS.jsonl  episodes as they end; the same command goes on from there
+    OUT/rollouts/trajectories.jsonl      all of them, in the order of the tasks
+    OUT/rollouts/done.json               the result
+
+Weights and tokenizer are a finished stage's, or random ones made from the seed with a tokenizer trained on the tasks and
+the store: enough to try a configuration, its speed and its reproducibility.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cacherl_jax.config import Config, ConfigError, RolloutConfig
+
+if TYPE_CHECKING:
+    from cacherl_jax.cache.store import SQLiteStore
+    from cacherl_jax.model import qwen3
+    from cacherl_jax.rollout.fork import Replay
+    from cacherl_jax.text.tokenizer import Tokenizer
+    from cacherl_jax.types import Task, ToolSpec, Trajectory
+
+# What decides the tokens. Slots do not: rows in use change nothing.
+_PARTS = ("inputs", "seed", "model", "mesh", "cache", "tokenizer") + tuple(
+    f"rollout.{field.name}" for field in dataclasses.fields(RolloutConfig) if field.name != "slots"
+)
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--store", type=Path, required=True, help="the store that answers, an SQLite file")
+    verb.add_argument("--tasks", type=Path, required=True, help="tasks as JSON Lines, such as a run's record/tasks.train.jsonl")
+    verb.add_argument("--policy", type=Path, help="a finished stage, such as runs/demo/grpo; without it: random weights")
+    verb.add_argument("--samples", type=int, default=1, help="episodes a task (default 1)")
+    verb.add_argument("--slots", type=int, help="rows in use, of all devices; short for --set rollout.slots=N")
+    verb.add_argument("--replay", type=Path, metavar="FILE", help="trajectories to begin as; --turns of them, or all")
+    verb.add_argument("--turns", type=int, metavar="K", help="with --replay: turns to repeat before the policy goes on")
+    verb.add_argument("--without", metavar="ENTRY", help="answer as if the store had no such entry (its hash)")
+
+
+def rollout(args: argparse.Namespace, config: Config, progress: Any) -> dict[str, Any]:
+    """Returns counts, digests and the number of compiled programs. Raises ConfigError for what does not fit together."""
+    from cacherl_jax.cache.imports import described
+    from cacherl_jax.cache.snapshot import snapshot_id
+    from cacherl_jax.cache.store import SQLiteStore
+    from cacherl_jax.run_directory import RunDirectory
+
+    if args.slots is not None:
+        config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, slots=args.slots))
+    tasks, samples = _tasks(args.tasks), args.samples
+    if samples < 1:
+        raise ConfigError(f"--samples {samples}: expected 1 or more")
+    replays = _replays(args, tasks, samples)
+    with SQLiteStore(args.store, mode="r") as store:
+        specs, key = described(store)
+        config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, key=key))
+        tok, config, model = _policy(args, config, tasks, store)
+        inputs = {
+            "store": snapshot_id(store),
+            "tasks": _sha256(task.to_json() for task in tasks),
+            "samples": samples,
+            "weights": _fingerprint(model),
+            "replay": _sha256([args.turns, *(r.trajectory.digest() for r in replays.values())]) if replays else "",
+            "without": args.without or "",
+        }
+        run = RunDirectory(args.out, config, inputs)
+        episodes = [(task, sample) for task in tasks for sample in range(samples)]
+
+        def body(folder: Path) -> dict[str, Any]:
+            provider = _provider(args, store, specs, config)
+            return _play(folder, config, tok, model, specs, episodes, provider, replays, progress) | {"inputs": inputs}
+
+        return run.run("rollouts", _PARTS, body)
+
+
+def _play(
+    folder: Path,
+    config: Config,
+    tok: Tokenizer,
+    model: qwen3.Qwen3,
+    specs: Mapping[str, ToolSpec],
+    episodes: Sequence[tuple[Task, int]],
+    provider: Any,
+    replays: Mapping[tuple[str, int], Replay],
+    progress: Any,
+) -> dict[str, Any]:
+    import jax
+
+    from cacherl_jax import interrupts
+    from cacherl_jax.mesh import make_mesh, rollout_mesh
+    from cacherl_jax.rollout import runner, stream
+    from cacherl_jax.rollout.engine import Engine
+
+    engine = Engine(config.model, config.rollout, [tok.im_end], rollout_mesh(make_mesh(config.mesh), config.rollout.tp))
+    path = folder / f"streamed.{jax.process_index()}.jsonl"
+    with interrupts.held(), stream.Writer(path) as writer:
+        with progress(total=len(episodes), desc="rollout", initial=len(writer.finished)) as bar:
+
+            def on_done(trajectory: Trajectory) -> None:
+                writer.write(trajectory)
+                bar.update(1)
+
+            trajectories = runner.run(
+                engine, engine.place(model), tok, specs, episodes, provider, config.rollout, config.seed,
+                replays=replays, finished=writer.finished, on_done=on_done,
+            )  # fmt: skip
+    stream.write(folder / "trajectories.jsonl", trajectories)
+    path.unlink()
+    return summary(trajectories) | {"compilations": engine.compilations()}
+
+
+def summary(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """Counts, and digests that do not depend on the order of the episodes.
+
+    tokens_sha256 covers the ids and who wrote them; trajectories_sha256 all that is stored but the times.
+    """
+    tokens = sorted((t.task_id, t.sample, t.tokens_T.tobytes().hex(), t.sampled_T.tobytes().hex()) for t in trajectories)
+    return {
+        "episodes": len(trajectories),
+        "tokens_sha256": _sha256(tokens),
+        "trajectories_sha256": _sha256(sorted(t.digest() for t in trajectories)),
+        "tokens": sum(len(t.tokens_T) for t in trajectories),
+        "sampled_tokens": int(sum(t.sampled_T.sum() for t in trajectories)),
+        "stop_reasons": dict(sorted(Counter(t.stop.value for t in trajectories).items())),
+        "tiers": dict(sorted(Counter(o.tier.value for t in trajectories for o in t.observations).items())),
+    }
+
+
+def _sha256(rows: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _tasks(path: Path) -> list[Task]:
+    from cacherl_jax.types import Task
+
+    tasks: dict[str, Task] = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            task = Task.from_json(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--tasks {path}:{number} is no task: {error!r}") from error
+        if task.id in tasks:
+            raise ConfigError(f"--tasks {path}:{number}: task {task.id!r} appears twice")
+        tasks[task.id] = task
+    if not tasks:
+        raise ConfigError(f"--tasks {path} holds no task")
+    return list(tasks.values())
+
+
+def _replays(args: argparse.Namespace, tasks: Sequence[Task], samples: int) -> dict[tuple[str, int], Replay]:
+    if args.replay is None:
+        if args.turns is not None:
+            raise ConfigError("--turns says how much of --replay FILE to repeat, and no file was given")
+        return {}
+    from cacherl_jax.rollout import stream
+    from cacherl_jax.rollout.fork import Replay
+
+    known = {task.id for task in tasks}
+    replays = {}
+    for t in stream.read(args.replay):
+        if t.task_id in known and t.sample < samples:
+            replays[t.task_id, t.sample] = Replay(t, t.turns if args.turns is None else min(args.turns, t.turns))
+    if not replays:
+        raise ConfigError(f"--replay {args.replay} holds no trajectory of these tasks")
+    return replays
+
+
+def _provider(args: argparse.Namespace, store: SQLiteStore, specs: Mapping[str, ToolSpec], config: Config) -> Any:
+    from cacherl_jax.cache.best_effort import Simulator
+    from cacherl_jax.cache.lookup import CachedTools
+    from cacherl_jax.cache.store import SQLiteStore
+
+    simulator = None
+    if config.cache.best_effort == "simulator":
+        simulator = Simulator(config.cache.simulator, SQLiteStore(args.store.with_suffix(".simulated.sqlite"), mode="rw"))
+    return CachedTools(store, specs, config.cache, config.seed, simulator=simulator)
+
+
+def _policy(
+    args: argparse.Namespace, config: Config, tasks: Sequence[Task], store: SQLiteStore
+) -> tuple[Tokenizer, Config, qwen3.Qwen3]:
+    import jax
+
+    from cacherl_jax.checkpoint import restore_model
+    from cacherl_jax.mesh import make_mesh
+    from cacherl_jax.model import qwen3
+    from cacherl_jax.text.tokenizer import Tokenizer
+
+    if args.policy is not None:
+        tok = Tokenizer.load(args.policy.parent / "think" / "tokenizer")
+    elif config.tokenizer.path:
+        tok = Tokenizer.load(Path(config.tokenizer.path))
+    else:
+        tok = _trained_tokenizer(config, tasks, store)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tok.vocab_size))
+    model = qwen3.init(config.model, jax.random.key(config.seed), make_mesh(config.mesh))
+    return tok, config, model if args.policy is None else restore_model(args.policy / "checkpoints", model)
+
+
+def _trained_tokenizer(config: Config, tasks: Sequence[Task], store: SQLiteStore) -> Tokenizer:
+    from cacherl_jax.cache.imports import described
+    from cacherl_jax.text import chat
+    from cacherl_jax.text.tokenizer import train_tokenizer
+
+    specs, _ = described(store)
+    used = {name for task in tasks for name in task.tools}
+    texts = [message.content for task in tasks for message in task.messages]
+    texts += [text for entry in store.entries() for text in (entry.arguments, entry.result.content)]
+    try:
+        runs = chat.template_runs([spec for name, spec in specs.items() if name in used])
+        return train_tokenizer(texts, runs, config.tokenizer.vocab_size)
+    except ValueError as error:
+        raise ConfigError(f"tokenizer.vocab_size: {error}; or name a --policy, whose tokenizer is used") from error
+
+
+def _fingerprint(model: qwen3.Qwen3) -> str:
+    """Of the weights' bits, made where they lie; the same for every layout."""
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def mixed(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        index = sum(
+            (jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(step) for axis, step in enumerate(_steps(x.shape))),
+            jnp.uint32(0),
+        )
+        word = (bits ^ (index * jnp.uint32(2654435761))) * jnp.uint32(2246822519)
+        word = (word ^ (word >> 15)) * jnp.uint32(3266489917)
+        return jnp.stack([word.sum(dtype=jnp.uint32), (word ^ (word >> 13)).sum(dtype=jnp.uint32)])
+
+    return _sha256([[str(x.dtype), *x.shape, *mixed(x).tolist()] for x in jax.tree.leaves(model)])
+
+
+def _steps(shape: Sequence[int]) -> list[int]:
+    """By how much an element's number grows along each axis."""
+    steps = [1]
+    for size in reversed(shape[1:]):
+        steps.append(steps[-1] * size)
+    return steps[::-1]
