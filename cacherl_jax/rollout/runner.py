@@ -8,13 +8,14 @@ import numpy as np
 
 from cacherl_jax.config import RolloutConfig
 from cacherl_jax.model import qwen3
-from cacherl_jax.rollout.agent_loop import Episode
+from cacherl_jax.rollout.agent_loop import CallTools, Episode
 from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.rollout.sampling import turn_key
+from cacherl_jax.rollout.tool_calls import ToolCalls, make_calls
 from cacherl_jax.text import chat
 from cacherl_jax.text.chat import Piece
 from cacherl_jax.text.tokenizer import Tokenizer
-from cacherl_jax.types import Task, ToolProvider, ToolSpec, Trajectory
+from cacherl_jax.types import Task, ToolProvider, ToolSession, ToolSpec, Trajectory
 
 
 def run(
@@ -39,6 +40,8 @@ def run(
     waiting = list(range(len(episodes)))[::-1]
     playing: dict[int, tuple[int, Episode]] = {}  # row -> (index, episode)
     turns: dict[int, tuple[list[int], list[float]]] = {}  # row -> the turn sampled so far
+    sessions: dict[int, ToolSession] = {}  # row -> the tools of its episode
+    tools = ToolCalls(specs, config.tool_timeout)
     state = engine.init()
 
     def finish(index: int, episode: Episode) -> None:
@@ -53,12 +56,12 @@ def run(
             while row not in playing and waiting:
                 index = waiting.pop()
                 task, sample = episodes[index]
-                episode = Episode(tok, specs, task, sample, provider.start(task, sample), config, openings[task.id])
-                ids = episode.start()
-                if ids is None:
+                episode = Episode(tok, specs, task, sample, config, openings[task.id])
+                first = episode.start()
+                if first is None:
                     finish(index, episode)
                 else:
-                    playing[row], injections[row] = (index, episode), ids
+                    playing[row], injections[row], sessions[row] = (index, episode), first.ids, provider.start(task, sample)
                     fresh.add(row)
         if not playing:
             break
@@ -78,12 +81,17 @@ def run(
             logprobs += out.logprobs_NB[:count, row].tolist()
             if not out.stopped_B[row] and len(ids) < episode.budget:
                 continue
-            injected = episode.on_turn(ids, logprobs)
-            if injected is None:
+            step = episode.on_turn(ids, logprobs, logprobs)
+            if isinstance(step, CallTools):
+                session = sessions[row]
+                step = episode.on_answers(
+                    tools.answers(session, step.calls) if provider.blocking else make_calls(session, step.calls)
+                )
+            if step is None:
                 finish(index, episode)
                 del playing[row], turns[row]
             else:
-                injections[row] = injected
+                injections[row] = step.ids
     return [finished[index] for index in range(len(episodes))]
 
 

@@ -92,7 +92,7 @@ def test_budgets_groups_and_lengths_compile_nothing_new(engine, model, played):
 
 
 def test_a_floor_on_the_first_turn_holds(engine, model):
-    config = dataclasses.replace(CONFIG, min_tokens_first_turn=20)
+    config = dataclasses.replace(CONFIG, min_tokens=(20,))
     for t in play(engine, model, [(task, 0) for task in TASKS], config=config):
         first = next(s for s in t.segments if s.source == "sampled")
         assert first.stop - first.start >= 20
