@@ -171,10 +171,19 @@ class RolloutConfig:
     max_turn_tokens: Positive = 96
     max_sampled_tokens: Positive = 320
     max_tool_tokens: Positive = 128  # longer tool text is cut, in tokens
-    min_tokens_first_turn: Count = 0
+    tool_timeout: PositiveRate = 30.0  # seconds a call may take, where the tools may take long
+    min_tokens: tuple[Count, ...] = ()  # of the first turn, the second, ...: tokens to be sampled before it may stop
     temperature: Rate = 1.0
     top_p: Share = 1.0
     top_k: Count = 0  # 0: off
+
+    def __post_init__(self) -> None:
+        for turn, tokens in enumerate(self.min_tokens):
+            _require(
+                tokens < self.max_turn_tokens,
+                f"rollout.min_tokens of turn {turn} is {tokens}, not below rollout.max_turn_tokens={self.max_turn_tokens}; "
+                "such a turn could not stop",
+            )
 
 
 @dataclass(frozen=True)

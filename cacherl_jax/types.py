@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import enum
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,19 +25,11 @@ class Tier(enum.StrEnum):
     ADAPTED = "adapted"
     FUZZY = "fuzzy"
     BEST_EFFORT = "best_effort"
-    MISS = "miss"
+    MISS = "miss"  # no answer: none was recorded, or none came in time
     LOOP = "loop"  # answered by the agent loop: malformed call, unknown tool, schema violation. Always true, as live.
 
 
-TIER_ORDER: tuple[Tier, ...] = (
-    Tier.LIVE,
-    Tier.LOOP,
-    Tier.EXACT,
-    Tier.ADAPTED,
-    Tier.FUZZY,
-    Tier.BEST_EFFORT,
-    Tier.MISS,
-)
+TIER_ORDER: tuple[Tier, ...] = (Tier.LIVE, Tier.LOOP, Tier.EXACT, Tier.ADAPTED, Tier.FUZZY, Tier.BEST_EFFORT, Tier.MISS)
 
 
 def worst_tier(tiers: Sequence[Tier]) -> Tier | None:
@@ -269,7 +262,8 @@ class Observation:
 
     score: similarity in [0, 1] of the stored call that answered (1 for exact and live). entry: hash of the stored
     entry, "" where none. fidelity: probability in [0, 1] that this equals the tool's true answer. age: seconds from the
-    entry's recording to its snapshot, None where either is unknown.
+    entry's recording to its snapshot, None where either is unknown. shown: characters of the text that the agent read,
+    where the content was cut to max_tool_tokens; None: all of it.
     """
 
     call: ToolCall
@@ -280,6 +274,7 @@ class Observation:
     entry: str = ""
     fidelity: float = 1.0
     age: float | None = None
+    shown: int | None = None
 
 
 class ToolFailure(Exception):
@@ -291,17 +286,31 @@ class ToolFailure(Exception):
 
 
 class ToolSession(Protocol):
-    """The tools of one episode: live ones with their own state, or the cache with the episode's chain of writes."""
+    """The tools of one episode: live ones with their own state, or the cache with the episode's chain of writes.
 
-    def execute(self, call: ToolCall) -> Observation:
+    Calls of one turn that write nothing may come at the same time, from several threads; all others come one by one.
+    """
+
+    def execute(self, call: ToolCall, index: int) -> Observation:
         """Answers a call whose name and arguments were already checked against the tool's schema. Tool failures
         come back as results with an error type. Raises ToolFailure where the episode is to end; other exceptions are
-        programming errors."""
+        programming errors.
+
+        index: the place that the answer will have among the episode's observations, so that a draw can depend on the call's
+        place and not on what finished first. Calls that the loop refused and its remarks count.
+        """
         ...
 
 
 class ToolProvider(Protocol):
-    """Opens one session an episode."""
+    """Opens one session an episode.
+
+    blocking: whether an answer may take long (a network, a model, functions of users). The agent loop then makes calls in
+    threads, with a timeout; else at once.
+    """
+
+    @property
+    def blocking(self) -> bool: ...
 
     def start(self, task: Task, sample: int) -> ToolSession: ...
 
@@ -321,9 +330,11 @@ class Trajectory:
     """One episode of our policy, token by token.
 
     tokens_T int32; sampled_T bool, True where the policy sampled the token (the loss mask); logprobs_T float32, the
-    sampler's logprob under the untempered policy, 0 where injected. segments cover [0, T) in order. observations: one a
-    call in the order made; a malformed call has name "" and its text as arguments.
-    answer: the last reply's text outside <think>. reasoning_leaked: that text contains a think marker.
+    sampler's logprob under the untempered policy; behavior_logprobs_T float32, its logprob under the distribution that was
+    drawn from (temperature, top-p, top-k, the floor on a turn's tokens). Both are 0 where injected. segments cover [0, T) in
+    order. observations: one a call in the order made; a malformed call has name "" and its text as arguments.
+    answer: the last reply's text outside <think>. reasoning_leaked: that text contains a think marker. info: where the episode
+    comes from, such as the one it was forked from. seconds: of each turn, spent on sampling it and on waiting for its tools.
     """
 
     task_id: str
@@ -331,6 +342,7 @@ class Trajectory:
     tokens_T: np.ndarray
     sampled_T: np.ndarray
     logprobs_T: np.ndarray
+    behavior_logprobs_T: np.ndarray
     segments: tuple[Segment, ...]
     observations: tuple[Observation, ...]
     answer: str
@@ -338,6 +350,7 @@ class Trajectory:
     turns: int
     reasoning_leaked: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
+    seconds: tuple[tuple[float, float], ...] = ()
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
@@ -359,13 +372,19 @@ class Trajectory:
     def worst_tier(self) -> Tier | None:
         return worst_tier([o.tier for o in self.observations])
 
+    def digest(self) -> str:
+        """SHA-256 of what weights, seed and snapshot decide: all but `seconds` and `info`."""
+        decided = {name: value for name, value in self.to_json().items() if name not in ("seconds", "info")}
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
     def to_json(self) -> dict[str, Any]:
         return {
             "task_id": self.task_id,
             "sample": self.sample,
             "tokens": self.tokens_T.tolist(),
             "sampled": "".join("1" if s else "0" for s in self.sampled_T),
-            "logprobs": base64.b64encode(self.logprobs_T.astype("<f4").tobytes()).decode(),
+            "logprobs": _to_base64(self.logprobs_T),
+            "behavior_logprobs": _to_base64(self.behavior_logprobs_T),
             "segments": [[s.start, s.stop, s.source.value, s.observation] for s in self.segments],
             "observations": [asdict(o) for o in self.observations],
             "answer": self.answer,
@@ -373,6 +392,7 @@ class Trajectory:
             "turns": self.turns,
             "reasoning_leaked": self.reasoning_leaked,
             "info": dict(self.info),
+            "seconds": [list(pair) for pair in self.seconds],
         }
 
     @classmethod
@@ -382,27 +402,30 @@ class Trajectory:
             sample=data["sample"],
             tokens_T=np.asarray(data["tokens"], np.int32),
             sampled_T=np.frombuffer(data["sampled"].encode(), np.uint8) == ord("1"),
-            logprobs_T=np.frombuffer(base64.b64decode(data["logprobs"]), "<f4").astype(np.float32),
+            logprobs_T=_from_base64(data["logprobs"]),
+            behavior_logprobs_T=_from_base64(data["behavior_logprobs"]),
             segments=tuple(Segment(a, b, Source(s), o) for a, b, s, o in data["segments"]),
-            observations=tuple(
-                Observation(
-                    call=ToolCall(**o["call"]),
-                    result=ToolResult(**o["result"]),
-                    tier=Tier(o["tier"]),
-                    kind=Kind(o["kind"]),
-                    score=o["score"],
-                    entry=o["entry"],
-                    fidelity=o["fidelity"],
-                    age=o["age"],
-                )
-                for o in data["observations"]
-            ),
+            observations=tuple(map(_observation, data["observations"])),
             answer=data["answer"],
             stop=StopReason(data["stop"]),
             turns=data["turns"],
             reasoning_leaked=data["reasoning_leaked"],
             info=data["info"],
+            seconds=tuple((sampling, waiting) for sampling, waiting in data["seconds"]),
         )
+
+
+def _observation(data: Mapping[str, Any]) -> Observation:
+    call, result = ToolCall(**data["call"]), ToolResult(**data["result"])
+    return Observation(**{**data, "call": call, "result": result, "tier": Tier(data["tier"]), "kind": Kind(data["kind"])})
+
+
+def _to_base64(values_T: np.ndarray) -> str:
+    return base64.b64encode(values_T.astype("<f4").tobytes()).decode()
+
+
+def _from_base64(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)

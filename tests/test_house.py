@@ -43,6 +43,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "corpus": THIRD - {"mesh", "model"},
     "rollout.sampling": FIRST,
     "rollout.engine": FIRST | {"mesh", "model", "rollout.sampling"},  # token ids only: no text, tools or cache
+    # The host's side, without a model. The loop makes no calls: it says which are to be made.
+    "rollout.agent_loop": FIRST | {"text", "tools"},
+    "rollout.tool_calls": FIRST | {"tools"},
     "rollout": THIRD,
     "reward": THIRD,
     "evaluate": THIRD | {"rollout", "reward"},
@@ -59,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": {"versions"},  # cacherl_jax/__init__.py
 }
 # Rooms for a host without an accelerator's libraries.
-WITHOUT_JAX = FIRST | {"text", "tools", "cache", "trajectories"}
+WITHOUT_JAX = FIRST | {"text", "tools", "cache", "trajectories", "rollout.agent_loop", "rollout.tool_calls"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 # The core dependencies: the owner's list, and what was added to it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ class Simulator:
             )
         side.set_metadata("simulator", config.model)
         self._config, self._side, self._error = config, side, openai.OpenAIError
+        self._asking: dict[bytes, threading.Lock] = {}  # by key: rollouts of one task ask the same at the same time
         # Local endpoints want no key, but the client does.
         key = os.environ.get("OPENAI_API_KEY") or "none"
         self._client = openai.OpenAI(
@@ -149,14 +151,15 @@ class Simulator:
 
     def simulate(self, key: bytes, call: ToolCall, spec: ToolSpec, writes: str, examples: Sequence[Entry]) -> Entry:
         """The stored reply for `key`, or a new one. Raises SimulatorError where the endpoint gives none; nothing is stored then."""
-        if not (stored := self._side.get(key)):
-            content = self._ask(simulator_messages(call, spec, writes, examples))
-            if any(_is_json(e.result.content) for e in examples):
-                content = _without_fence(content)
-                if not _is_json(content):
-                    raise SimulatorError("the reply is not JSON")
-            self._side.add(Recording(key, call.name, call.arguments, writes, ToolResult(content), kind=Kind.SIMULATED))
-            stored = self._side.get(key)
+        with self._asking.setdefault(key, threading.Lock()):
+            if not (stored := self._side.get(key)):
+                content = self._ask(simulator_messages(call, spec, writes, examples))
+                if any(_is_json(e.result.content) for e in examples):
+                    content = _without_fence(content)
+                    if not _is_json(content):
+                        raise SimulatorError("the reply is not JSON")
+                self._side.add(Recording(key, call.name, call.arguments, writes, ToolResult(content), kind=Kind.SIMULATED))
+                stored = self._side.get(key)
         return stored[0]
 
     def _ask(self, messages: Sequence[Mapping[str, str]]) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 from cacherl_jax.cache import fidelity, tiers
@@ -82,6 +83,10 @@ class CachedTools:
     def as_stored(self, call: ToolCall) -> ToolCall:
         """The call as a recording of it would read: without its secrets, where the store holds calls that had any."""
         return redact_call(call) if self._redacted else call
+
+    @property
+    def blocking(self) -> bool:
+        return self.config.on_miss == "live" or self.config.best_effort == "simulator"
 
     def start(self, task: Task, sample: int) -> CacheSession:
         return CacheSession(self, task, sample, f"{self._seed}/{task.id}/{sample}")
@@ -223,35 +228,35 @@ class CacheSession:
     def __init__(self, cache: CachedTools, task: Task, sample: int, name: str) -> None:
         self._cache, self._task, self._sample, self._name = cache, task, sample, name
         self._earlier: list[Write] = []
-        self._calls = 0
         self._live: ToolSession | None = None
-        self._unseen: list[ToolCall] = []  # writes that the live tools have not seen
+        self._lock = threading.Lock()  # calls of one turn may come together
+        self._unseen: list[tuple[ToolCall, int]] = []  # writes that the live tools have not seen
 
-    def execute(self, call: ToolCall) -> Observation:
+    def execute(self, call: ToolCall, index: int) -> Observation:
         asked = self._cache.as_stored(call)
-        observation = self._cache.answer(asked, self._earlier, f"{self._name}/{self._calls}")
+        observation = self._cache.answer(asked, self._earlier, f"{self._name}/{index}")
         observation = observation if asked is call else dataclasses.replace(observation, call=call)
-        self._calls += 1
         policy = self._cache.config.on_miss
         if observation.tier is Tier.MISS and policy == "fail":
             raise ToolFailure(observation)
         if observation.tier is Tier.MISS and policy == "live":
-            observation = self._ask_live(call)
+            observation = self._ask_live(call, index)
         written = self._cache.write_of(asked, observation.result)
         self._earlier += written
         if written and policy == "live" and observation.tier is not Tier.LIVE:
-            self._unseen.append(call)
+            self._unseen.append((call, index))
         return observation
 
-    def _ask_live(self, call: ToolCall) -> Observation:
+    def _ask_live(self, call: ToolCall, index: int) -> Observation:
         """The tool's own answer, in a live session that has first made the episode's writes that the cache answered."""
         refuse_live(call)
-        if self._live is None:
-            assert self._cache.live is not None, "CachedTools checks that `live` is given"
-            self._live = self._cache.live.start(self._task, self._sample)
-        while self._unseen:
-            self._live.execute(self._unseen.pop(0))
-        return self._live.execute(call)
+        with self._lock:
+            if self._live is None:
+                assert self._cache.live is not None, "CachedTools checks that `live` is given"
+                self._live = self._cache.live.start(self._task, self._sample)
+            while self._unseen:
+                self._live.execute(*self._unseen.pop(0))
+        return self._live.execute(call, index)
 
 
 def _fitted(store: Store, specs: Mapping[str, ToolSpec], config: CacheConfig) -> tuple[Adapter | None, fidelity.Fidelity | None]:

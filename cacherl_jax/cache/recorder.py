@@ -10,7 +10,6 @@ write whose outcome is unknown nothing more of its episode is stored.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from cacherl_jax.cache.redact import redact_call, redact_result
 from cacherl_jax.cache.store import Recording, Store, StoreError
 from cacherl_jax.tools.functions import FunctionTools, load_tools
 from cacherl_jax.tools.registry import check_call, error_result, specs_from_json
+from cacherl_jax.tools.threads import in_thread
 from cacherl_jax.types import Kind, Message, Observation, Task, Tier, ToolCall, ToolProvider, ToolResult, ToolSession, ToolSpec
 
 # Errors of the way to a tool, not of the tool. A tool raises ToolError with one of these kinds to say that it may be asked again.
@@ -46,6 +46,8 @@ def repeatable(spec: ToolSpec | None, mode: KeyMode) -> bool:
 
 class RecordingTools:
     """The tools of `provider`, whose answers are stored as they come. timeout: seconds a call may take, None for no limit."""
+
+    blocking = True
 
     def __init__(
         self,
@@ -70,10 +72,12 @@ class RecordingTools:
     def session(self, episode: str, live: ToolSession) -> RecordingSession:
         return RecordingSession(self, episode, live)
 
-    def ask(self, live: ToolSession, call: ToolCall) -> Observation:
+    def ask(self, live: ToolSession, call: ToolCall, index: int) -> Observation:
         """The tool's own answer; a failure on the way to it is a typed error."""
         try:
-            return _within(self._timeout, lambda: live.execute(call))
+            if self._timeout is None:
+                return live.execute(call, index)
+            return in_thread(lambda: live.execute(call, index)).result(self._timeout)
         except TimeoutError:
             result = error_result("timeout", f"{call.name} gave no answer in {self._timeout or 0:g} s")
         except ConnectionError as error:
@@ -100,43 +104,26 @@ class RecordingSession:
         self._earlier: list[Write] = []
         self._doubtful = False  # whether an earlier write took place is unknown
 
-    def execute(self, call: ToolCall) -> Observation:
+    def execute(self, call: ToolCall, index: int) -> Observation:
         tools, spec = self._tools, self._tools.specs.get(call.name)
         asked = redact_call(call)
         key = call_key(asked, spec, tools.mode, self._earlier)
         if repeatable(spec, tools.mode) and not self._doubtful:
-            return _single_flight(tools.store, key, call, lambda: self._run(call, asked, key))
-        observation = self._run(call, asked, key)
+            return _single_flight(tools.store, key, call, lambda: self._run(call, index, asked, key))
+        observation = self._run(call, index, asked, key)
         if observation.result.error in TRANSIENT and (spec is None or spec.effects.writes):
             self._doubtful = True
         self._earlier += write_of(asked, spec, observation.result)
         return observation
 
-    def _run(self, call: ToolCall, asked: ToolCall, key: bytes) -> Observation:
+    def _run(self, call: ToolCall, index: int, asked: ToolCall, key: bytes) -> Observation:
         tools = self._tools
-        observation = tools.ask(self._live, call)
+        observation = tools.ask(self._live, call, index)
         if observation.result.error not in TRANSIENT and not self._doubtful:
             arguments, writes = stored_form(asked, tools.specs.get(call.name), tools.mode, self._earlier)
             result = redact_result(observation.result)
             tools.keep(Recording(key, call.name, arguments, writes, result, self._episode, Kind.RECORDED, tools.now()))
         return observation
-
-
-def _within(timeout: float | None, run: Callable[[], Observation]) -> Observation:
-    """Runs in a thread of its own and leaves it behind when time is up: Python cannot stop it. Raises TimeoutError."""
-    if timeout is None:
-        return run()
-    answer: Future[Observation] = Future()
-
-    def work() -> None:
-        try:
-            answer.set_result(run())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    # The context comes along: the guard against live tools is in it.
-    threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True).start()
-    return answer.result(timeout)
 
 
 # ---- single flight ---------------------------------------------------------------------------------------------------
@@ -340,9 +327,9 @@ def _answered(episode: Episode, recording: RecordingTools, done: Done) -> bool:
 def _make(episode: Episode, recording: RecordingTools, provider: FunctionTools) -> tuple[Counter[str], list[str]]:
     counts: Counter[str] = Counter()
     session = recording.session(episode.name, provider.start(None, 0))
-    for call in episode.calls:
+    for index, call in enumerate(episode.calls):
         try:
-            observation = session.execute(call)
+            observation = session.execute(call, index)
         except StoreError:
             raise
         except Exception as error:  # a broken tool costs its episode, not the run

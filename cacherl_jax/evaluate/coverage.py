@@ -81,9 +81,9 @@ def coverage(tasks: Sequence[Task], provider: ToolProvider) -> Coverage:
 def _play(task: Task, provider: ToolProvider, reference: Sequence[ToolCall]) -> list[Observation]:
     """Every call of a reference answered, also those after one at which an episode would end."""
     session, served = provider.start(task, 0), []
-    for call in reference:
+    for index, call in enumerate(reference):
         try:
-            served.append(session.execute(call))
+            served.append(session.execute(call, index))
         except ToolFailure as failure:
             served.append(failure.observation)
     return served

@@ -7,6 +7,7 @@ not answered yet.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def run(
                 advance(at, row.episode.on_turn(row.ids, row.logprobs, row.behavior))
 
     state, flying = engine.init(), None  # flying: the dispatch that the host has not read yet
-    with ToolCalls(specs, config.tool_timeout) as calls:
+    with contextlib.closing(ToolCalls(specs, config.tool_timeout)) as calls:
         while True:
             for at, answers in calls.done().items():
                 take_answers(at, answers)
@@ -139,7 +140,7 @@ def run(
                 [*plan.counts(), active, bool(rows.used) or flying is not None, interrupts.pending()]
             )
             if interrupted:
-                raise KeyboardInterrupt
+                raise interrupts.Interrupted
             if not going:
                 break
             launched = None

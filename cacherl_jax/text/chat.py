@@ -169,11 +169,11 @@ def close_thinking(tok: Tokenizer) -> list[Piece]:
     return [(Source.TEMPLATE, tok.encode(f"{END_THINK}{IM_END}\n"), None)]
 
 
-def tool_results(tok: Tokenizer, contents: Sequence[str], max_tokens: int) -> list[Piece]:
-    """One user turn with a <tool_response> block a result, in call order; each result cut to about `max_tokens` tokens."""
+def tool_results(tok: Tokenizer, contents: Sequence[str]) -> list[Piece]:
+    """One user turn with a <tool_response> block a result, in call order. Long results are `cut` before."""
     pieces: list[Piece] = []
     for i, content in enumerate(contents):
-        parts = _tool_parts(cut(tok, content, max_tokens), i == 0, i == len(contents) - 1)
+        parts = _tool_parts(content, i == 0, i == len(contents) - 1)
         pieces.append((Source.TOOL, tok.encode_parts(parts), i))
     return pieces
 
@@ -205,7 +205,7 @@ def transcript_tokens(
         if message.role == "tool":
             results.append(message.content)
             if i + 1 == len(messages) or messages[i + 1].role != "tool":
-                turn = tool_results(tok, results, max_tool_tokens)
+                turn = tool_results(tok, [cut(tok, result, max_tool_tokens) for result in results])
                 pieces += [(source, ids, answered + (index or 0)) for source, ids, index in turn]
                 answered, results = answered + len(results), []
         elif message.role == "assistant":

@@ -133,12 +133,14 @@ class FunctionSession:
     def __init__(self, tools: Mapping[str, Tool], state: Any) -> None:
         self._tools, self._state = tools, state
 
-    def execute(self, call: ToolCall) -> Observation:
+    def execute(self, call: ToolCall, index: int) -> Observation:
         return run_live(self._tools[call.name], self._state, call)
 
 
 class FunctionTools:
     """Tools as a provider; `state` makes the state of an episode, None where the tools have none."""
+
+    blocking = True
 
     def __init__(self, tools: Iterable[Tool], state: Callable[[], Any] | None = None) -> None:
         self.tools = {t.spec.name: t for t in tools}

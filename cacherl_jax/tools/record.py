@@ -39,7 +39,7 @@ def _act(task: Task, agent: str, take: int, provider: ToolProvider, specs: Mappi
         call = ToolCall(planned.name, planned.arguments, id=f"call_{turn}")
         if (refused := check_call(specs, call)) is not None:
             raise ValueError(f"task {task.id}: the demonstrator's call is refused: {refused.content}")
-        observation = session.execute(call)
+        observation = session.execute(call, turn)
         observations.append(observation)
         result = observation.result
         messages.append(Message("assistant", tool_calls=(call,)))

@@ -80,7 +80,7 @@ def exact(train: sgd.SgdSplit, dev: sgd.SgdSplit, folder: Path, rounds: int) -> 
             raw.execute("INSERT OR IGNORE INTO results VALUES (?, ?)", (recording.key, recording.result.content))
     cached = CachedTools(memory, specs, CONFIG, seed=0)
     asked = [call for transcript in dev.transcripts() for m in transcript.messages for call in m.tool_calls]
-    first = {(c.name, c.arguments): c for c in asked if cached.start(TASK, 0).execute(c).tier is Tier.EXACT}
+    first = {(c.name, c.arguments): c for c in asked if cached.start(TASK, 0).execute(c, 0).tier is Tier.EXACT}
     calls = [ToolCall(c.name, c.arguments, c.id) for c in first.values()]
     keys = [call_key(c, specs.get(c.name), "canonical") for c in calls]
     by_key = dict.fromkeys((e.key for e in memory.entries()), "")
@@ -90,7 +90,7 @@ def exact(train: sgd.SgdSplit, dev: sgd.SgdSplit, folder: Path, rounds: int) -> 
     def execute(tools: CachedTools) -> Program:
         def run() -> None:
             for sample, call in enumerate(calls):
-                tools.start(TASK, sample).execute(call)
+                tools.start(TASK, sample).execute(call, 0)
 
         return run
 

@@ -261,7 +261,7 @@ def fitted_store(recorded, rules):
 
 def test_between_exact_and_fuzzy_with_provenance(fitted_store):
     session = CachedTools(fitted_store, SPECS, CONFIG, seed=0).start(Task("t", "f", "train", (), (), ((),)), 0)
-    served = session.execute(ToolCall.of("play", song="S", device="cinema"))
+    served = session.execute(ToolCall.of("play", song="S", device="cinema"), 0)
     assert (served.tier, served.kind, served.score) == (Tier.ADAPTED, Kind.RECORDED, 1 / 3)
     assert json.loads(served.result.content) == truth("play", {"song": "S"}, "")
     assert served.entry in {e.hash for e in fitted_store.of_tool("play")}
@@ -277,8 +277,8 @@ def test_an_adapted_write_joins_the_chain_of_writes(fitted_store):
     line = 'transfer {"amount":"777777777","to":"Ann"}'
     fitted_store.add(recording("balance", {"account": "saving"}, {"balance": 42}, "after", writes=line))
     session = CachedTools(fitted_store, SPECS, CONFIG, seed=0).start(Task("t", "f", "train", (), (), ((),)), 0)
-    assert session.execute(write).tier is Tier.ADAPTED
-    after = session.execute(ToolCall.of("balance", account="saving"))
+    assert session.execute(write, 0).tier is Tier.ADAPTED
+    after = session.execute(ToolCall.of("balance", account="saving"), 0)
     assert (after.tier, after.result.content) == (Tier.EXACT, '{"balance": 42}')
 
 

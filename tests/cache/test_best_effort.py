@@ -33,7 +33,7 @@ def policy(best_effort, **fields):
 
 
 def shaped(store, **asked):
-    answer = CachedTools(store, SPECS, policy("schema"), 0).start(TASK, 0).execute(ToolCall.of("find", **asked))
+    answer = CachedTools(store, SPECS, policy("schema"), 0).start(TASK, 0).execute(ToolCall.of("find", **asked), 0)
     if answer.tier is Tier.MISS:
         return None
     assert (answer.tier, answer.kind, answer.entry, answer.score) == (Tier.BEST_EFFORT, Kind.SIMULATED, "", 0.0)
@@ -156,7 +156,7 @@ def test_a_simulated_reply_is_kept_and_never_called_recorded(tmp_path):
             with SQLiteStore(tmp_path / "side.sqlite", mode="rw") as side:
                 cache = simulated(endpoint, side)
                 for sample in range(2):
-                    answer = cache.start(TASK, sample).execute(ASKED)
+                    answer = cache.start(TASK, sample).execute(ASKED, 0)
                     assert (answer.tier, answer.kind, answer.result.content) == (
                         Tier.BEST_EFFORT,
                         Kind.SIMULATED,
@@ -165,7 +165,7 @@ def test_a_simulated_reply_is_kept_and_never_called_recorded(tmp_path):
                     assert (answer.score, answer.fidelity) == (0.0, 0.1)
                 (entry,) = side.entries()
                 assert entry.kind is Kind.SIMULATED and entry.hash == answer.entry
-        assert cache.start(TASK, 0).execute(ToolCall.of("find", city="Oslo", day="monday")).kind is Kind.RECORDED
+        assert cache.start(TASK, 0).execute(ToolCall.of("find", city="Oslo", day="monday"), 0).kind is Kind.RECORDED
         ((path, body),) = endpoint.requests
     assert path == "/v1/chat/completions" and (body["model"], body["temperature"]) == ("m", 0)
     prompt = body["messages"][-1]["content"]
@@ -175,7 +175,7 @@ def test_a_simulated_reply_is_kept_and_never_called_recorded(tmp_path):
 
 def test_a_busy_endpoint_is_asked_again():
     with Endpoint(500, 429, '{"sky": "grey"}') as endpoint:
-        answer = simulated(endpoint, MemoryStore()).start(TASK, 0).execute(ASKED)
+        answer = simulated(endpoint, MemoryStore()).start(TASK, 0).execute(ASKED, 0)
     assert answer.result.content == '{"sky": "grey"}' and len(endpoint.requests) == 3
 
 
@@ -196,7 +196,7 @@ def test_a_failing_endpoint_becomes_the_miss(reply, problem, fields):
     side = MemoryStore()
     with Endpoint(reply) as endpoint:
         cache = simulated(endpoint, side, **fields)
-        answer = cache.start(TASK, 0).execute(ASKED)
+        answer = cache.start(TASK, 0).execute(ASKED, 0)
     assert (answer.tier, answer.kind, answer.result.error) == (Tier.MISS, Kind.SIMULATED, "cache_miss")
     assert f"the simulator failed: {problem}" in json.loads(answer.result.content)["message"]
     assert not list(side.entries())
@@ -205,8 +205,8 @@ def test_a_failing_endpoint_becomes_the_miss(reply, problem, fields):
 def test_text_tools_get_text_and_an_absent_endpoint_is_a_miss():
     with Endpoint("It is grey.") as endpoint:
         cache = simulated(endpoint, MemoryStore(), recorded=[({"city": "Oslo"}, "It is wet.")], retries=0)
-        assert cache.start(TASK, 0).execute(ASKED).result.content == "It is grey."
-    answer = cache.start(TASK, 0).execute(ToolCall.of("find", city="Bern"))
+        assert cache.start(TASK, 0).execute(ASKED, 0).result.content == "It is grey."
+    answer = cache.start(TASK, 0).execute(ToolCall.of("find", city="Bern"), 0)
     assert answer.tier is Tier.MISS and "APIConnectionError" in answer.result.content
 
 

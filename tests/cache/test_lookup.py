@@ -63,32 +63,32 @@ def cache():
 
 def test_tiers_in_order_with_provenance(cache):
     session = cache.start(TASK, 0)
-    exact = session.execute(ToolCall("find", '{"day":"monday","city":"Oslo"}'))
+    exact = session.execute(ToolCall("find", '{"day":"monday","city":"Oslo"}'), 0)
     assert (exact.tier, exact.kind, exact.score, exact.fidelity) == (Tier.EXACT, Kind.RECORDED, 1.0, 1.0)
     assert exact.result.content == "rain" and len(exact.entry) == 64
-    fuzzy = session.execute(ToolCall.of("find", city="Oslo"))
+    fuzzy = session.execute(ToolCall.of("find", city="Oslo"), 0)
     assert (fuzzy.tier, fuzzy.score, fuzzy.fidelity, fuzzy.entry) == (Tier.FUZZY, 0.5, 0.3, exact.entry)
-    best = session.execute(ToolCall.of("find", city="Rome", day="friday"))
+    best = session.execute(ToolCall.of("find", city="Rome", day="friday"), 0)
     assert (best.tier, best.score, best.fidelity, best.result) == (Tier.BEST_EFFORT, 0.0, 0.1, exact.result)
-    miss = session.execute(ToolCall.of("unrecorded"))
+    miss = session.execute(ToolCall.of("unrecorded"), 0)
     assert (miss.tier, miss.kind, miss.fidelity, miss.entry) == (Tier.MISS, Kind.SIMULATED, 0.0, "")
     assert miss.result.error == "cache_miss"
 
 
 def test_a_read_after_a_write_is_another_question(cache):
     session = cache.start(TASK, 0)
-    assert session.execute(BALANCE).result.content == "90"
-    assert session.execute(PAY).tier is Tier.EXACT
-    after = session.execute(BALANCE)
+    assert session.execute(BALANCE, 0).result.content == "90"
+    assert session.execute(PAY, 0).tier is Tier.EXACT
+    after = session.execute(BALANCE, 0)
     assert (after.tier, after.result.content) == (Tier.EXACT, "85")
-    assert cache.start(TASK, 1).execute(BALANCE).result.content == "90"  # an episode's writes are its own
+    assert cache.start(TASK, 1).execute(BALANCE, 0).result.content == "90"  # an episode's writes are its own
 
 
 def test_failed_writes_change_nothing_and_other_resources_do_not_matter(cache):
     session = cache.start(TASK, 0)
-    assert session.execute(ToolCall.of("pay", account="a2", amount="9")).result.error == "too_little"
-    session.execute(ToolCall.of("note", text="hi"))
-    assert session.execute(BALANCE).result.content == "90"
+    assert session.execute(ToolCall.of("pay", account="a2", amount="9"), 0).result.error == "too_little"
+    session.execute(ToolCall.of("note", text="hi"), 0)
+    assert session.execute(BALANCE, 0).result.content == "90"
 
 
 def test_without_state_in_the_key_the_cache_lies():
@@ -103,16 +103,20 @@ def test_several_results_are_drawn_by_count_and_by_rollout():
         for _ in range(count):
             record_transcript(store, transcript((FIND, content, None)), SPECS, "state")
     cache = CachedTools(store, SPECS, CacheConfig(), seed=1)
-    drawn = [cache.start(TASK, sample).execute(FIND).result.content for sample in range(400)]
-    assert drawn == [cache.start(TASK, sample).execute(FIND).result.content for sample in range(400)]
+    drawn = [cache.start(TASK, sample).execute(FIND, 0).result.content for sample in range(400)]
+    assert drawn == [cache.start(TASK, sample).execute(FIND, 0).result.content for sample in range(400)]
     assert 0.65 < Counter(drawn)["a"] / 400 < 0.85
+    sessions = [cache.start(TASK, 0) for _ in range(2)]
+    by_place = {i: sessions[0].execute(FIND, i).result.content for i in range(8)}
+    assert by_place == {i: sessions[1].execute(FIND, i).result.content for i in reversed(range(8))}  # whatever came first
+    assert set(by_place.values()) == {"a", "b"}
 
 
 def test_policy_without_best_effort_and_threshold(cache):
     store = MemoryStore()
     record_transcript(store, transcript((FIND, "rain", None)), SPECS, "state")
     strict = CachedTools(store, SPECS, dataclasses.replace(CacheConfig(), best_effort="off", fuzzy_threshold=0.6), seed=0)
-    assert strict.start(TASK, 0).execute(ToolCall.of("find", city="Oslo")).tier is Tier.MISS
+    assert strict.start(TASK, 0).execute(ToolCall.of("find", city="Oslo"), 0).tier is Tier.MISS
 
 
 def cached(*steps, specs=SPECS, mode="state", live=None, **policies):
@@ -129,7 +133,7 @@ def test_errors_and_empty_results_are_served_as_the_policy_says(negative):
 
     def answers(errors, *steps):
         session = cached(*steps, errors=errors).start(TASK, 0)
-        return [(o.tier, o.result.content) for o in map(session.execute, (FIND, near))]
+        return [(o.tier, o.result.content) for o in map(session.execute, (FIND, near), (0, 1))]
 
     content, error = negative
     only = (FIND, content, error)
@@ -142,7 +146,7 @@ def test_errors_and_empty_results_are_served_as_the_policy_says(negative):
 
 @pytest.mark.parametrize("content", ["404 Main Street", '{"error_rate": 500}', "[[]]", "0", "false"])
 def test_a_payload_that_looks_like_a_failure_is_a_success(content):
-    assert cached((FIND, content, None)).start(TASK, 0).execute(ToolCall.of("find", city="Oslo")).result.content == content
+    assert cached((FIND, content, None)).start(TASK, 0).execute(ToolCall.of("find", city="Oslo"), 0).result.content == content
 
 
 ROOM = ToolSpec(
@@ -181,28 +185,28 @@ def test_the_gate_lets_no_value_of_its_types_differ(gate, change):
         (("enum", "boolean", "integer", "number"), stored | {"city": "Bergen"}, Tier.FUZZY),
     ):
         cache = cached(step, specs={"room": ROOM}, fuzzy_gate=gates)
-        assert cache.start(TASK, 0).execute(ToolCall.of("room", **changed)).tier is tier
+        assert cache.start(TASK, 0).execute(ToolCall.of("room", **changed), 0).tier is tier
 
 
 def test_the_gate_finds_the_nearest_of_those_that_agree():
     steps = [(ToolCall.of("room", city=c, kind=k), c, None) for c, k in (("Oslo", "single"), ("Rome", "double"))]
     asked = ToolCall.of("room", city="Oslo", kind="double", pets=True)
     cache = cached(*steps, specs={"room": ROOM}, fuzzy_gate=("enum",), fuzzy_threshold=0.2)
-    answer = cache.start(TASK, 0).execute(asked)
+    answer = cache.start(TASK, 0).execute(asked, 0)
     assert (answer.tier, answer.result.content, answer.score) == (Tier.FUZZY, "Rome", 0.25)
 
 
 def test_a_miss_is_an_error_the_nearest_result_or_the_end():
     far, off = ToolCall.of("find", city="Rome", day="friday"), {"best_effort": "off"}
     step = (FIND, "rain", None)
-    error = cached(step, **off).start(TASK, 0).execute(far)
+    error = cached(step, **off).start(TASK, 0).execute(far, 0)
     assert (error.tier, error.result.error, error.fidelity) == (Tier.MISS, "cache_miss", 0.0)
     nearest = cached(step, **off, on_miss="nearest")
-    served = nearest.start(TASK, 0).execute(far)
+    served = nearest.start(TASK, 0).execute(far, 0)
     assert (served.tier, served.kind, served.result.content) == (Tier.BEST_EFFORT, Kind.RECORDED, "rain")
-    assert nearest.start(TASK, 0).execute(ToolCall.of("unrecorded")).tier is Tier.MISS  # there is none to serve
+    assert nearest.start(TASK, 0).execute(ToolCall.of("unrecorded"), 0).tier is Tier.MISS  # there is none to serve
     with pytest.raises(ToolFailure, match="no recorded result for find") as failure:
-        cached(step, **off, on_miss="fail").start(TASK, 0).execute(far)
+        cached(step, **off, on_miss="fail").start(TASK, 0).execute(far, 0)
     assert failure.value.observation == error
 
 
@@ -210,19 +214,19 @@ def test_on_a_miss_the_live_tool_answers_after_the_writes_that_the_cache_answere
     specs, live = tool_specs(), LiveTools("train", 3)
     order = next(o for o, row in database("train", 3).orders.items() if row["status"] == "open")
     cancel, read = ToolCall.of("cancel_order", order_id=order), ToolCall.of("get_order", order_id=order)
-    step = (cancel, live.start(TASK, 0).execute(cancel).result.content, None)
+    step = (cancel, live.start(TASK, 0).execute(cancel, 0).result.content, None)
     cache = cached(step, specs=specs, fuzzy_threshold=2.0, best_effort="off", on_miss="live", live=live)
     session, before = cache.start(TASK, 0), live_call_count()
-    first = session.execute(read)
+    first = session.execute(read, 0)
     assert (first.tier, first.kind, json.loads(first.result.content)["status"]) == (Tier.LIVE, Kind.LIVE, "open")
-    assert session.execute(cancel).tier is Tier.EXACT and live_call_count() == before + 1
-    assert json.loads(session.execute(read).result.content)["status"] == "cancelled"
+    assert session.execute(cancel, 0).tier is Tier.EXACT and live_call_count() == before + 1
+    assert json.loads(session.execute(read, 0).result.content)["status"] == "cancelled"
     assert live_call_count() == before + 3  # the write, made up for, and the read
     unrecorded = cached(specs=specs, best_effort="off", on_miss="live", live=live).start(TASK, 0)
-    assert [unrecorded.execute(call).tier for call in (cancel, read)] == [Tier.LIVE, Tier.LIVE]
+    assert [unrecorded.execute(call, 0).tier for call in (cancel, read)] == [Tier.LIVE, Tier.LIVE]
     assert live_call_count() == before + 5  # a write that went live is not repeated
     with forbid_live(), pytest.raises(LiveToolError, match="get_order"):
-        cache.start(TASK, 0).execute(read)
+        cache.start(TASK, 0).execute(read, 0)
 
 
 def test_a_live_provider_of_any_kind_is_refused_where_live_calls_are_forbidden():
@@ -232,7 +236,7 @@ def test_a_live_provider_of_any_kind_is_refused_where_live_calls_are_forbidden()
 
     cache = cached(best_effort="off", on_miss="live", live=Anything())
     with forbid_live(), pytest.raises(LiveToolError, match="find"):
-        cache.start(TASK, 0).execute(FIND)
+        cache.start(TASK, 0).execute(FIND, 0)
 
 
 def test_policies_that_cannot_be_carried_out_are_refused_at_once():
@@ -279,7 +283,7 @@ def test_the_papers_mode_gives_the_papers_tiers_on_recorded_calls(shared_data):
     for other in transcripts[1::4]:
         session = cache.start(TASK, 0)
         for asked in answered(other):
-            observation = session.execute(asked.call)
+            observation = session.execute(asked.call, 0)
             tier, score, results = paper_reference(stored, corpus.specs, PAPER_CACHE.fuzzy_threshold, asked.call)
             assert (observation.tier, observation.score) == (tier, score)
             assert observation.result.content in results or tier is Tier.MISS

@@ -94,18 +94,18 @@ def recorder(bank, store, mode="state", **options):
 def test_what_is_recorded_is_served(bank):
     store = MemoryStore()
     session = recorder(bank, store).start(TASK, 3)
-    first = session.execute(rate("EUR"))
+    first = session.execute(rate("EUR"), 0)
     assert (first.tier, first.kind) == (Tier.LIVE, Kind.LIVE)
-    again = session.execute(rate("EUR"))
+    again = session.execute(rate("EUR"), 0)
     assert (again.tier, again.kind, again.result) == (Tier.EXACT, Kind.RECORDED, first.result)
     for call in (BALANCE, pay(10), BALANCE, rate("none")):
-        session.execute(call)
+        session.execute(call, 0)
     assert bank.ran == {"rate": 2, "balance": 2, "pay": 1}
     (r, *rest) = store.recordings()
     assert (r.tool, r.episode, r.kind, r.recorded_at) == ("rate", "t/3", Kind.RECORDED, 1234.0)
     assert [x.result.error for x in rest] == [None, None, None, "not_found"]  # the tool's error is its answer
     cached = CachedTools(store, bank.tools().specs, CacheConfig(), seed=0).start(TASK, 0)
-    served = [cached.execute(call) for call in (BALANCE, pay(10), BALANCE, rate("none"))]
+    served = [cached.execute(call, 0) for call in (BALANCE, pay(10), BALANCE, rate("none"))]
     assert [o.result.content for o in served][:3] == ["100", '"ok"', "90"] and served[3].result.error == "not_found"
     assert {o.tier for o in served} == {Tier.EXACT}
 
@@ -115,49 +115,50 @@ def test_a_write_runs_in_its_own_episode_each_time(bank):
     tools = recorder(bank, store)
     for sample in (0, 1):
         session = tools.start(TASK, sample)
-        assert [session.execute(c).result.content for c in (pay(10), BALANCE, pay(10), BALANCE)] == ['"ok"', "90", '"ok"', "80"]
+        answers = [session.execute(c, 0).result.content for c in (pay(10), BALANCE, pay(10), BALANCE)]
+        assert answers == ['"ok"', "90", '"ok"', "80"]
     assert bank.ran == {"pay": 4, "balance": 2}
     blind = recorder(bank, MemoryStore(), "canonical").start(TASK, 0)  # without state in the key no read stands for another
-    assert [blind.execute(c).result.content for c in (BALANCE, pay(10), BALANCE)] == ["100", '"ok"', "90"]
+    assert [blind.execute(c, 0).result.content for c in (BALANCE, pay(10), BALANCE)] == ["100", '"ok"', "90"]
 
 
 def test_failures_on_the_way_are_typed_and_not_stored(bank):
     store = MemoryStore()
     session = recorder(bank, store, timeout=0.1).start(TASK, 0)
-    errors = [session.execute(rate(c)).result.error for c in ("slow", "busy", "lost")]
+    errors = [session.execute(rate(c), 0).result.error for c in ("slow", "busy", "lost")]
     assert errors == ["timeout", "rate_limit", "connection"] and not list(store.entries())
     bank.release.set()
-    assert session.execute(rate("slow")).result.error is None and len(list(store.entries())) == 1
+    assert session.execute(rate("slow"), 0).result.error is None and len(list(store.entries())) == 1
     with pytest.raises(ZeroDivisionError):
-        session.execute(rate("bug"))
+        session.execute(rate("bug"), 0)
 
 
 def test_after_a_write_of_unknown_outcome_nothing_more_is_stored(bank):
     store = MemoryStore()
     session = recorder(bank, store, timeout=0.1).start(TASK, 0)
-    session.execute(BALANCE)
-    assert session.execute(pay(99)).result.error == "timeout"
-    assert session.execute(BALANCE).tier is Tier.LIVE  # not what was stored before the payment
-    assert session.execute(rate("EUR")).tier is Tier.LIVE
+    session.execute(BALANCE, 0)
+    assert session.execute(pay(99), 0).result.error == "timeout"
+    assert session.execute(BALANCE, 0).tier is Tier.LIVE  # not what was stored before the payment
+    assert session.execute(rate("EUR"), 0).tier is Tier.LIVE
     assert [r.tool for r in store.recordings()] == ["balance"]
 
 
 def test_the_guard_against_live_tools_holds_in_their_threads(bank):
     session = recorder(bank, MemoryStore(), timeout=5).start(TASK, 0)
     with forbid_live(), pytest.raises(LiveToolError):
-        session.execute(rate("EUR"))
+        session.execute(rate("EUR"), 0)
 
 
 def test_secrets_are_not_stored_and_calls_with_them_hit(bank):
     store = MemoryStore()
     session = recorder(bank, store).start(TASK, 0)
-    live = session.execute(rate("EUR", api_key="k-123"))
+    live = session.execute(rate("EUR", api_key="k-123"), 0)
     assert "k-123" in live.result.content  # the agent reads what the tool said
-    assert session.execute(rate("EUR", api_key="k-456")).tier is Tier.EXACT
+    assert session.execute(rate("EUR", api_key="k-456"), 0).tier is Tier.EXACT
     (entry,) = store.entries()
     assert "k-123" not in entry.arguments and "[redacted:field]" in entry.arguments
     cached = CachedTools(store, bank.tools().specs, CacheConfig(), seed=0).start(TASK, 0)
-    hit = cached.execute(rate("EUR", api_key="k-789"))
+    hit = cached.execute(rate("EUR", api_key="k-789"), 0)
     assert hit.tier is Tier.EXACT and hit.call == rate("EUR", api_key="k-789")
 
 
@@ -169,7 +170,7 @@ def test_64_threads_one_execution(bank, tmp_path, kind):
     def ask(i):
         session = tools.start(TASK, i)
         gate.wait()
-        seen.append(session.execute(rate("wait")))
+        seen.append(session.execute(rate("wait"), 0))
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(64)]
     for t in threads:
@@ -200,7 +201,7 @@ PROGRAM = """
 
     provider = FunctionTools([slow])
     tools = RecordingTools(provider, SQLiteStore(FOLDER / "s.sqlite", mode="rw"), provider.specs, "state")
-    ask = lambda i: tools.start(Task("t", "", "train", (), (), ((),)), i).execute(ToolCall.of("slow", x=1))
+    ask = lambda i: tools.start(Task("t", "", "train", (), (), ((),)), i).execute(ToolCall.of("slow", x=1), 0)
     print("ready", flush=True)
     sys.stdin.readline()
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(16)]

@@ -152,7 +152,7 @@ def test_an_answer_carries_the_age_of_its_entry(tmp_path):
     take(store, tmp_path / "s.sqlite", now=100.0)
     task = Task("t", "family", "train", ("f",), (), ((),))
     for opened, age in ((store, None), (SQLiteStore(tmp_path / "s.sqlite", mode="r"), 60.0)):
-        observation = CachedTools(opened, {"f": spec}, CacheConfig(), seed=0).start(task, 0).execute(call)
+        observation = CachedTools(opened, {"f": spec}, CacheConfig(), seed=0).start(task, 0).execute(call, 0)
         assert (observation.tier, observation.age) == (Tier.EXACT, age)
     opened.close()
 

@@ -49,7 +49,7 @@ def test_milestones_do_not_rewind():
 def trajectory(task, calls, tier):
     none = np.zeros(0)
     observations = tuple(Observation(c, ToolResult(""), tier, Kind.RECORDED) for c in calls)
-    return Trajectory(task.id, 0, none, none, none, (), observations, "x", StopReason.ANSWER, 1)
+    return Trajectory(task.id, 0, none, none, none, none, (), observations, "x", StopReason.ANSWER, 1)
 
 
 def test_evaluation_groups_by_family_and_worst_tier():

@@ -17,7 +17,7 @@ NEAR_B = ToolCall.of("b", x=2, y="z")
 
 def trajectory(answer="", stop=StopReason.ANSWER, observations=(), leaked=False):
     none = np.zeros(0)
-    return Trajectory("t", 0, none, none, none, (), tuple(observations), answer, stop, 1, leaked)
+    return Trajectory("t", 0, none, none, none, none, (), tuple(observations), answer, stop, 1, leaked)
 
 
 def task(*facts, references=((),)):
@@ -130,7 +130,21 @@ def test_trajectories_survive_json():
     made = dataclasses.replace(
         trajectory("é", observations=[observed(A)]),
         tokens_T=np.arange(3, dtype=np.int32), sampled_T=np.array([True, False, True]), logprobs_T=np.float32([0.1, 0, -1e-7]),
+        behavior_logprobs_T=np.float32([0.2, 0, -3.5]), seconds=((0.5, 0.25), (1.0, 0.0)),
     )  # fmt: skip
     back = Trajectory.from_json(made.to_json())
     assert back.to_json() == made.to_json()
     np.testing.assert_array_equal(back.logprobs_T, made.logprobs_T)
+    np.testing.assert_array_equal(back.behavior_logprobs_T, made.behavior_logprobs_T)
+    assert back.seconds == made.seconds
+
+
+def test_a_digest_names_what_weights_seed_and_snapshot_decide():
+    made = trajectory("é", observations=[observed(A)])
+    same = dataclasses.replace(made, seconds=((0.5, 0.25),), info={"replay": {}})
+    assert same.digest() == made.digest() == Trajectory.from_json(same.to_json()).digest()
+    changes = {
+        "sample": 1, "tokens_T": np.int32([1]), "logprobs_T": np.float32([1]), "behavior_logprobs_T": np.float32([1]),
+        "answer": "e", "turns": 2, "observations": (dataclasses.replace(observed(A), shown=0),),
+    }  # fmt: skip
+    assert len({made.digest(), *(dataclasses.replace(made, **{name: value}).digest() for name, value in changes.items())}) == 8

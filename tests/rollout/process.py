@@ -12,21 +12,21 @@ from cacherl_jax.model import qwen3
 from cacherl_jax.rollout import runner
 from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.rollout_verb import summary
-from cacherl_jax.tools.world import LiveTools
-from tests.rollout import test_runner as small
+import test_runner as small
 
 
 def main(address: str, count: str, index: str, tp: str, out: str) -> None:
     if int(count) > 1:
         jax.distributed.initialize(address, int(count), int(index))
     mesh = rollout_mesh(make_mesh(MeshConfig(fsdp=jax.device_count())), int(tp))
-    engine = Engine(small.MODEL, small.CONFIG, [small.TOK.im_end], mesh)
+    engine = Engine(small.MODEL, small.CONFIG, small.STOPS, mesh)
     model = engine.place(qwen3.init(small.MODEL, jax.random.key(0), make_mesh(MeshConfig(fsdp=jax.device_count()))))
     own = []
+    tools = small.Slow(int(index), 0.02)  # every process at its own pace
     trajectories = runner.run(
-        engine, model, small.TOK, small.SPECS, small.EPISODES, LiveTools("train", 0), small.CONFIG, 0, on_done=own.append
+        engine, model, small.Scripted(), small.SPECS, small.CALLING, tools, small.CONFIG, 0, on_done=own.append
     )
-    order = [[t.task_id, t.sample] for t in trajectories] == [[task.id, sample] for task, sample in small.EPISODES]
+    order = [[t.task_id, t.sample] for t in trajectories] == [[task.id, sample] for task, sample in small.CALLING]
     found = {"devices": jax.device_count(), "rows": engine.rows, "own": len(own), "in_order": order}
     Path(out).write_text(json.dumps(found | summary(trajectories) | {"compilations": engine.compilations()}))
 

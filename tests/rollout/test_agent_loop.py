@@ -8,10 +8,11 @@ import pytest
 
 from cacherl_jax.cache.lookup import CachedTools, record_transcript
 from cacherl_jax.cache.store import MemoryStore
-from cacherl_jax.config import CacheConfig, Config, GrpoConfig, RolloutConfig
+from cacherl_jax.config import CacheConfig, Config, ConfigError, GrpoConfig, RolloutConfig
 from cacherl_jax.evaluate.process_accuracy import evaluate
 from cacherl_jax.reward.process import process_reward
-from cacherl_jax.rollout.agent_loop import Episode
+from cacherl_jax.rollout.agent_loop import CallTools, Episode, Inject
+from cacherl_jax.rollout.tool_calls import make_calls
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import train_tokenizer
 from cacherl_jax.train.grpo import score_groups, write_rollouts
@@ -41,22 +42,35 @@ class Echo:
     def __init__(self, content=None):
         self.calls, self.content = [], content
 
-    def execute(self, call):
+    def execute(self, call, index):
         self.calls.append(call)
         return Observation(call, ToolResult(call.arguments if self.content is None else self.content), Tier.EXACT, Kind.RECORDED)
+
+
+def begin(task=TASK, config=CONFIG, specs=SPECS):
+    """An episode, and its first injection."""
+    episode = Episode(TOK, specs, task, 0, config, chat.opening(TOK, task.messages, [SPECS[n] for n in task.tools]))
+    return episode, episode.start()
+
+
+def say(episode, text):
+    ids = TOK.encode(text)[: episode.budget]
+    return episode.on_turn(ids, [-0.5] * len(ids), [-0.25] * len(ids))
 
 
 def play(turns, task=TASK, config=CONFIG, session=None, specs=SPECS):
     """Plays scripted turns; returns the trajectory and what was sampled and injected, in order."""
     session = session or Echo()
-    episode = Episode(TOK, specs, task, 0, session, config, chat.opening(TOK, task.messages, [SPECS[n] for n in task.tools]))
-    held = [("injected", episode.start())]
+    episode, step = begin(task, config, specs)
+    held = [("injected", step and step.ids)]
     for text in turns:
-        if held[-1][1] is None:
+        if step is None:
             break
-        ids = TOK.encode(text)[: episode.budget]
-        held.append(("sampled", ids))
-        held.append(("injected", episode.on_turn(ids, [-0.5] * len(ids))))
+        held.append(("sampled", TOK.encode(text)[: episode.budget]))
+        step = say(episode, text)
+        if isinstance(step, CallTools):
+            step = episode.on_answers(make_calls(session, step.calls))
+        held.append(("injected", step and step.ids))
     return episode.trajectory(), held, session
 
 
@@ -66,6 +80,7 @@ def check(trajectory, held):
     sampled = [who == "sampled" for who, part in held for _ in part or ()]
     assert trajectory.tokens_T.tolist() == ids and trajectory.sampled_T.tolist() == sampled
     np.testing.assert_array_equal(trajectory.logprobs_T, np.where(sampled, np.float32(-0.5), np.float32(0)))
+    np.testing.assert_array_equal(trajectory.behavior_logprobs_T, np.where(sampled, np.float32(-0.25), np.float32(0)))
     assert [s.start for s in trajectory.segments] == [0, *[s.stop for s in trajectory.segments[:-1]]]
     for s in trajectory.segments:
         assert trajectory.sampled_T[s.start : s.stop].all() == (s.source is Source.SAMPLED) or s.start == s.stop
@@ -136,6 +151,75 @@ def test_a_second_user_turn_keeps_what_was_sampled():
     ]
 
 
+def test_answers_go_to_their_calls_whatever_finished_first():
+    """The calls that passed come with their places; a refused one keeps its own."""
+    turn = THOUGHT + GOOD + call("[]") + call('{"name": "find", "arguments": {"q": 2}}') + "<|im_end|>"
+    in_order, _, _ = play([turn, ANSWER])
+    episode, _ = begin()
+    step = say(episode, turn)
+    assert isinstance(step, CallTools) and [(i, c.arguments) for i, c in step.calls] == [(0, '{"q": "é"}'), (2, '{"q": 2}')]
+    finished = {index: Echo().execute(made, index) for index, made in reversed(step.calls)}
+    assert isinstance(episode.on_answers([finished[index] for index, _ in step.calls]), Inject)
+    assert say(episode, ANSWER) is None
+    assert episode.trajectory().digest() == in_order.digest()
+    assert [o.result.error for o in in_order.observations] == [None, "malformed_call", None]
+    texts = [TOK.decode(in_order.tokens_T[s.start : s.stop]) for s in in_order.segments if s.source is Source.TOOL]
+    assert ['"é"' in texts[0], "malformed_call" in texts[1], '{"q": 2}' in texts[2]] == [True] * 3
+
+
+def test_places_of_calls_count_every_observation_before():
+    asked = []
+
+    class Places(Echo):
+        def execute(self, call, index):
+            asked.append(index)
+            return super().execute(call, index)
+
+    turns = [GOOD + "<|im_end|>", THOUGHT + call("[]") + GOOD + GOOD + "<|im_end|>", THOUGHT + GOOD + "<|im_end|>", ANSWER]
+    trajectory, _, session = play(turns, session=Places())
+    assert asked == [2, 3, 4]
+    assert session.calls == [trajectory.observations[i].call for i in asked]
+
+
+def test_what_the_agent_read_of_a_long_result_is_recorded():
+    turn = THOUGHT + GOOD + "<|im_end|>"
+    for content in ("found nothing " * 300, "é" * 100_000, "😀" * 200):
+        trajectory, _, _ = play([turn, ANSWER], session=Echo(content))
+        (cut,) = trajectory.observations
+        tool = next(s for s in trajectory.segments if s.source is Source.TOOL)
+        read = TOK.decode(trajectory.tokens_T[tool.start : tool.stop]).split("<tool_response>\n")[1].split("\n</tool_response>")[0]
+        assert len(read) == cut.shown and content.startswith(read) and len(TOK.encode(read)) <= CONFIG.max_tool_tokens
+        assert cut.result.content == content
+    assert play([turn, ANSWER], session=Echo("short"))[0].observations[0].shown is None
+
+
+def test_a_turn_has_the_floor_that_is_set_for_it():
+    episode, _ = begin(config=dataclasses.replace(CONFIG, min_tokens=(20, 0, 5)))
+    floors = []
+    for _ in range(4):
+        floors.append(episode.minimum)
+        episode.on_answers(make_calls(Echo(), say(episode, THOUGHT + GOOD + "<|im_end|>").calls))
+    assert floors == [20, 0, 5, 0]
+    with pytest.raises(ConfigError, match="turn 1 is 30, not below"):
+        RolloutConfig(max_turn_tokens=30, min_tokens=(0, 30))
+
+
+def test_the_driver_is_told_when_it_is_out_of_step():
+    episode, _ = begin()
+    with pytest.raises(ValueError, match="awaits 0 answers, not 1"):
+        episode.on_answers([Echo().execute(ToolCall.of("find"), 0)])
+    step = say(episode, THOUGHT + GOOD + GOOD + "<|im_end|>")
+    with pytest.raises(ValueError, match="waits for answers"):
+        say(episode, ANSWER)
+    with pytest.raises(ValueError, match="awaits 2 answers, not 1"):
+        episode.on_answers(make_calls(Echo(), step.calls[:1]))
+    episode.on_answers(make_calls(Echo(), step.calls))
+    with pytest.raises(ValueError, match="2 ids with 1 and 2 logprobs"):
+        episode.on_turn([1, 2], [0.0], [0.0, 0.0])
+    with pytest.raises(ValueError, match="is not over"):
+        episode.trajectory()
+
+
 LIMITS = {
     "turn_cap": (CONFIG, [THOUGHT + GOOD + "<|im_end|>"] * 9),
     "token_cap": (dataclasses.replace(CONFIG, max_sampled_tokens=30), [THOUGHT + GOOD + "<|im_end|>"] * 9),
@@ -164,12 +248,9 @@ def test_a_turn_cut_inside_its_thought_is_closed_for_it():
 
 def test_tools_that_a_task_does_not_list_are_unknown_to_it():
     specs = SPECS | {"other": dataclasses.replace(SPECS["find"], name="other")}
-    episode = Episode(TOK, specs, TASK, 0, session := Echo(), CONFIG, chat.opening(TOK, TASK.messages, [SPECS["find"]]))
-    episode.start()
-    ids = TOK.encode(THOUGHT + call('{"name": "other", "arguments": {}}') + "<|im_end|>")
-    episode.on_turn(ids, [0.0] * len(ids))
-    episode.on_turn(TOK.encode(ANSWER), [0.0] * len(TOK.encode(ANSWER)))
-    assert [o.result.error for o in episode.trajectory().observations] == ["unknown_tool"] and not session.calls
+    turn = THOUGHT + call('{"name": "other", "arguments": {}}') + "<|im_end|>"
+    trajectory, _, session = play([turn, ANSWER], specs=specs)
+    assert [o.result.error for o in trajectory.observations] == ["unknown_tool"] and not session.calls
 
 
 def test_a_refused_call_is_no_right_call():
@@ -229,5 +310,5 @@ def test_a_session_that_fails_ends_the_episode_with_what_was_missing():
     trajectory, held, _ = play([turn, ANSWER], session=CachedTools(store, SPECS, policy, 0).start(TASK, 0))
     check(trajectory, held)
     assert trajectory.stop is StopReason.TOOL_FAILURE and held[-1] == ("injected", None)
-    assert [o.tier for o in trajectory.observations] == [Tier.EXACT, Tier.MISS]  # the third call was not made
+    assert [o.tier for o in trajectory.observations] == [Tier.EXACT, Tier.MISS]  # the third call has no answer
     assert trajectory.observations[1].result.error == "cache_miss" and trajectory.answer == ""

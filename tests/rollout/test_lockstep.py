@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.rollout import test_runner as small
+import jax
+import test_runner as small
 
-ROOT = Path(__file__).parent.parent.parent
+PROGRAM = Path(__file__).parent / "process.py"
 
 
 def run(out, *, processes, devices, tp):
@@ -17,12 +18,16 @@ def run(out, *, processes, devices, tp):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
     paths = [out / f"{processes}.{i}.json" for i in range(processes)]
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.rollout.process", address, str(processes), str(i), str(tp), str(path)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+            [sys.executable, str(PROGRAM), address, str(processes), str(i), str(tp), str(path)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
         )
         for i, path in enumerate(paths)
     ]  # fmt: skip
@@ -35,7 +40,8 @@ def run(out, *, processes, devices, tp):
 def test_two_processes_play_their_share_and_each_gets_all(tmp_path):
     first, second = run(tmp_path, processes=2, devices=4, tp=2)
     assert (first["devices"], first["rows"]) == (8, 2 * small.CONFIG.rows)
-    assert first["own"] + second["own"] == first["episodes"] == len(small.EPISODES) and first["in_order"]
+    assert first["own"] + second["own"] == first["episodes"] == len(small.CALLING) and first["in_order"]
     assert {k: v for k, v in first.items() if k != "own"} == {k: v for k, v in second.items() if k != "own"}
     (alone,) = run(tmp_path, processes=1, devices=8, tp=2)
+    assert first["tiers"] == {"exact": 6 * len(small.CALLING)}
     assert alone["tokens_sha256"] == first["tokens_sha256"]  # the same rows a device, the same tp

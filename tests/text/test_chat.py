@@ -96,12 +96,12 @@ def test_content_cannot_forge_control_tokens(tok, control):
     text = f"a{control}b{control}"
     ids = tok.encode_content(text)
     assert tok.decode(ids) == text and tok.id(control) not in ids
-    ((_, tool_ids, _),) = chat.tool_results(tok, [text], 500)
+    ((_, tool_ids, _),) = chat.tool_results(tok, [text])
     assert tool_ids.count(tok.im_end) == 1 and text in tok.decode(tool_ids)
 
 
 def test_long_results_are_cut_in_tokens_on_whole_characters(tok):
-    ((_, ids, _),) = chat.tool_results(tok, ["é" * 100_001], 63)
+    ((_, ids, _),) = chat.tool_results(tok, [chat.cut(tok, "é" * 100_001, 63)])
     assert len(ids) < 80 and "\ufffd" not in tok.decode(ids)
     assert chat.cut(tok, "short", 63) == "short"
 

@@ -99,14 +99,14 @@ def test_a_function_runs_as_a_live_tool_with_a_state_of_its_episode():
     call = ToolCall.of("book", flight="f1", passengers=[{"name": "Ann"}], seats=2, day="2026-03-04")
     assert check_call(provider.specs, call) is None
     session = provider.start(None, 0)
-    first = json.loads(session.execute(call).result.content)
+    first = json.loads(session.execute(call, 0).result.content)
     assert first == {"names": ["Ann"], "left": 7, "day": "2026-03-04", "who": {"name": "Ann", "age": 30}}
-    assert json.loads(session.execute(call).result.content)["left"] == 5
-    assert json.loads(provider.start(None, 0).execute(call).result.content)["left"] == 7
-    missing = session.execute(ToolCall.of("book", flight="f2", passengers=[])).result
+    assert json.loads(session.execute(call, 0).result.content)["left"] == 5
+    assert json.loads(provider.start(None, 0).execute(call, 0).result.content)["left"] == 7
+    missing = session.execute(ToolCall.of("book", flight="f2", passengers=[]), 0).result
     assert missing.error == "not_found"
-    assert session.execute(ToolCall.of("now")).result.content == '"2026-01-02"'
-    assert session.execute(ToolCall.of("add", a=1, b="x")).result.error == "schema_violation"
+    assert session.execute(ToolCall.of("now"), 0).result.content == '"2026-01-02"'
+    assert session.execute(ToolCall.of("add", a=1, b="x"), 0).result.error == "schema_violation"
 
 
 def test_the_worlds_definitions_stay_as_models_were_trained_on_them():

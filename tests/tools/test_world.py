@@ -30,7 +30,7 @@ def test_every_reference_replays_live_to_its_facts(tasks):
         for task in members:
             for reference in task.references:
                 session = provider.start(task, 0)
-                observed = [session.execute(call) for call in reference]
+                observed = [session.execute(call, 0) for call in reference]
                 assert all(registry.check_call(tool_specs(), call) is None for call in reference)
                 assert all((o.tier, o.kind, o.fidelity) == (Tier.LIVE, Kind.LIVE, 1.0) for o in observed)
                 text = " ".join(o.result.content for o in observed)
@@ -80,7 +80,7 @@ def test_effect_labels_hold(tasks):
             session = LiveTools("train", 3).start(task, 0)
             for call in reference:
                 before = {t: dict(session.db.written(t)) for t in session.db.TABLES}
-                session.execute(call)
+                session.execute(call, 0)
                 changed = {t for t in session.db.TABLES if session.db.written(t) != before[t]}
                 written_by.setdefault(call.name, set()).update(changed)
     for name, changed in written_by.items():
@@ -95,17 +95,17 @@ def test_a_write_changes_a_later_read():
     order = next(o for o, row in db.orders.items() if row["status"] == "open")
     session = LiveTools("train", 3).start(make_tasks("train", 1, 3)[0], 0)
     read = ToolCall.of("get_order", order_id=order)
-    assert json.loads(session.execute(read).result.content)["status"] == "open"
-    session.execute(ToolCall.of("cancel_order", order_id=order))
-    assert json.loads(session.execute(read).result.content)["status"] == "cancelled"
-    assert session.execute(ToolCall.of("cancel_order", order_id=order)).result.error == "not_open"
+    assert json.loads(session.execute(read, 0).result.content)["status"] == "open"
+    session.execute(ToolCall.of("cancel_order", order_id=order), 0)
+    assert json.loads(session.execute(read, 0).result.content)["status"] == "cancelled"
+    assert session.execute(ToolCall.of("cancel_order", order_id=order), 0).result.error == "not_open"
 
 
 def test_an_account_cannot_pay_itself_and_no_task_asks_for_it(tasks):
     session = LiveTools("train", 3).start(tasks["train"][0], 0)
     account = next(iter(database("train", 3).accounts))
     pay = ToolCall.of("transfer", source=account, target=account, amount=10)
-    assert session.execute(pay).result.error == "same_account"
+    assert session.execute(pay, 0).result.error == "same_account"
     calls = [c.parsed() for t in tasks["train"] for c in t.references[0] if c.name == "transfer"]
     assert len(calls) > 10 and all(c["source"] != c["target"] for c in calls)
 
@@ -146,8 +146,8 @@ def test_live_tools_cannot_be_reached_where_forbidden():
     call = ToolCall.of("get_weather", city="x")
     before = registry.live_call_count()
     with registry.forbid_live(), pytest.raises(registry.LiveToolError, match="get_weather"):
-        LiveTools("train", 3).start(task, 0).execute(call)
+        LiveTools("train", 3).start(task, 0).execute(call, 0)
     assert registry.live_call_count() == before + 1  # attempts are counted
     with registry.forbid_live(), ThreadPoolExecutor(1) as pool, pytest.raises(registry.LiveToolError):
-        pool.submit(LiveTools("train", 3).start(task, 0).execute, call).result()
-    assert LiveTools("train", 3).start(task, 0).execute(call).result.error == "not_found"
+        pool.submit(LiveTools("train", 3).start(task, 0).execute, call, 0).result()
+    assert LiveTools("train", 3).start(task, 0).execute(call, 0).result.error == "not_found"

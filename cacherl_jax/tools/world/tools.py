@@ -170,12 +170,14 @@ class LiveSession:
     def __init__(self, db: Database) -> None:
         self.db = db
 
-    def execute(self, call: ToolCall) -> Observation:
+    def execute(self, call: ToolCall, index: int) -> Observation:
         return run_live(TOOLS[call.name], self.db, call)
 
 
 class LiveTools:
     """The tools themselves. Every episode starts from the split's rows as they were generated."""
+
+    blocking = False
 
     def __init__(self, split: str, seed: int) -> None:
         self._rows = database(split, seed)
