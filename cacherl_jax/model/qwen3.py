@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from cacherl_jax import mesh as meshes
 from cacherl_jax.config import ModelConfig
-from cacherl_jax.model.attention import attend
+from cacherl_jax.model.attention import attend, attend_cache
 
 
 class Weight(NamedTuple):
@@ -283,10 +283,10 @@ def extend(
     S = cache.k_LBKSH.shape[3]
     steps_T = jnp.arange(T, dtype=jnp.int32)[None]
     positions_BT = starts_B[:, None] + steps_T
+    read_BT = jnp.minimum(positions_BT, (starts_B + counts_B - 1)[:, None])  # idle rows and padding read no further
     slots_BT = jnp.where(steps_T < counts_B[:, None], positions_BT, S)  # S is out of range: not written
     rows_B1 = (jnp.arange(B, dtype=jnp.int32) if rows_B is None else rows_B)[:, None]
     angles = rope_angles(positions_BT, c)
-    mask_BTS = jnp.arange(S, dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
     x_BTD = jnp.take(model.embed_VD[...], tokens_BT, axis=0)
 
     def block(carry: Any, xs: Any) -> tuple[Any, None]:
@@ -295,11 +295,8 @@ def extend(
         q_BTNH, k_BTKH, v_BTKH = _qkv(layer, x_BTD, angles, c)
         k_LBKSH = k_LBKSH.at[index, rows_B1, :, slots_BT].set(k_BTKH, mode="drop")
         v_LBKSH = v_LBKSH.at[index, rows_B1, :, slots_BT].set(v_BTKH, mode="drop")
-        k_BKSH = jax.lax.dynamic_index_in_dim(k_LBKSH, index, keepdims=False)
-        v_BKSH = jax.lax.dynamic_index_in_dim(v_LBKSH, index, keepdims=False)
-        if rows_B is not None:
-            k_BKSH, v_BKSH = k_BKSH[rows_B], v_BKSH[rows_B]
-        x_BTD = _finish(layer, x_BTD, attend(q_BTNH, k_BKSH, v_BKSH, mask_BTS), c)
+        o_BTNH = attend_cache(q_BTNH, k_LBKSH, v_LBKSH, index, rows_B, read_BT)
+        x_BTD = _finish(layer, x_BTD, o_BTNH, c)
         return (x_BTD, k_LBKSH, v_LBKSH), None
 
     layers = (model.layers, jnp.arange(c.num_layers, dtype=jnp.int32))

@@ -27,7 +27,7 @@ from cacherl_jax.model import qwen3
 from cacherl_jax.rollout.sampling import logprob_of, sample
 
 # Width of a prefill to the rows that it reads at a time. Longer injections are read in chunks of the widest.
-PREFILLS = {1024: 1, 256: 4, 64: 8, 16: 8}
+PREFILLS = {1024: 1, 512: 2, 256: 4, 128: 8, 64: 8, 32: 8, 16: 8}
 COPIES = 8  # rows copied in one dispatch
 
 

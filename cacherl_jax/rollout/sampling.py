@@ -30,7 +30,6 @@ def sample(
     likely token, with logprob 0, at temperature 0. keys_B2 are folded with steps_B, the position within the turn.
     """
     V = logits_BV.shape[-1]
-    greedy_B = jnp.argmax(logits_BV, axis=-1)
     scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
     if top_k and top_k < V:
         threshold_B = jax.lax.top_k(scaled_BV, top_k)[0][:, -1]
@@ -45,9 +44,15 @@ def sample(
     def noise(key_2: jax.Array, step: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key_2), step), (V,))
 
-    drawn_B = jnp.argmax(scaled_BV + jax.vmap(noise)(keys_B2, steps_B), axis=-1)
-    token_B = jnp.where(temperature > 0, drawn_B, greedy_B).astype(jnp.int32)
-    return token_B, jnp.where(temperature > 0, logprob_of(scaled_BV, token_B), 0.0)
+    def drawn() -> tuple[jax.Array, jax.Array]:
+        token_B = jnp.argmax(scaled_BV + jax.vmap(noise)(keys_B2, steps_B), axis=-1)
+        return token_B, logprob_of(scaled_BV, token_B)
+
+    def likeliest() -> tuple[jax.Array, jax.Array]:
+        return jnp.argmax(logits_BV, axis=-1), jnp.zeros(logits_BV.shape[:1], jnp.float32)
+
+    token_B, logprob_B = jax.lax.cond(temperature > 0, drawn, likeliest)
+    return token_B.astype(jnp.int32), logprob_B
 
 
 def logprob_of(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:

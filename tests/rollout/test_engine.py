@@ -81,8 +81,9 @@ def test_turns_keep_their_budget_floor_and_stop_and_both_logprobs(model):
     for row, (tokens, logprobs, behavior) in sampled.items():
         stops = [i for i, token in enumerate(tokens) if token in STOPS]
         assert len(tokens) == (stops[0] + 1 if stops else 4 + 7 * row) and all(i >= rows[row].minimum for i in stops)
-        hidden_BTD = qwen3.forward(model, jnp.asarray([ids + tokens]), jnp.ones((1, len(ids + tokens)), jnp.int32))
-        logits_TV = np.asarray(qwen3.logits(model, hidden_BTD[0, 19:-1]), np.float64)
+        held_BT = np.array([ids + tokens + [0] * (CONFIG.context - 20 - len(tokens))])
+        hidden_BTD = qwen3.forward(model, held_BT, np.ones_like(held_BT))
+        logits_TV = np.asarray(qwen3.logits(model, hidden_BTD[0]), np.float64)[19 : 19 + len(tokens)]
         cut_TV = np.where((np.arange(len(tokens)) < rows[row].minimum)[:, None] & np.isin(np.arange(60), STOPS), -np.inf, logits_TV)
         for found, scores in ((logprobs, logits_TV), (behavior, cut_TV / 2.0)):
             expected = scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
