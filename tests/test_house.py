@@ -46,6 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The host's side, without a model. The loop makes no calls: it says which are to be made.
     "rollout.agent_loop": FIRST | {"text", "tools"},
     "rollout.tool_calls": FIRST | {"tools"},
+    "rollout.stream": FIRST,
+    "rollout.fork": FIRST | {"rollout.agent_loop", "rollout.tool_calls"},
     "rollout": THIRD,
     "reward": THIRD,
     "evaluate": THIRD | {"rollout", "reward"},
@@ -62,7 +64,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": {"versions"},  # cacherl_jax/__init__.py
 }
 # Rooms for a host without an accelerator's libraries.
-WITHOUT_JAX = FIRST | {"text", "tools", "cache", "trajectories", "rollout.agent_loop", "rollout.tool_calls"}
+WITHOUT_JAX = FIRST | {"text", "tools", "cache", "trajectories"}
+WITHOUT_JAX |= {f"rollout.{part}" for part in ("agent_loop", "tool_calls", "stream", "fork")}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 # The core dependencies: the owner's list, and what was added to it.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -171,6 +172,14 @@ def test_a_simulated_reply_is_kept_and_never_called_recorded(tmp_path):
     prompt = body["messages"][-1]["content"]
     assert "The tool find." in prompt and prompt.endswith(f"The call:\n{ASKED.arguments}\nIts result:")
     assert prompt.index('{"sky": "wet"}') < prompt.index('{"sky": "dry"}')  # the nearest stored call comes last
+
+
+def test_rollouts_that_ask_the_same_at_once_get_one_reply():
+    with Endpoint('{"sky": "grey"}', *['{"sky": "other"}'] * 7) as endpoint, ThreadPoolExecutor(8) as pool:
+        cache = simulated(endpoint, MemoryStore())
+        assert cache.blocking
+        answers = list(pool.map(lambda sample: cache.start(TASK, sample).execute(ASKED, 0), range(8)))
+        assert len(endpoint.requests) == 1 and {a.result.content for a in answers} == {'{"sky": "grey"}'}
 
 
 def test_a_busy_endpoint_is_asked_again():

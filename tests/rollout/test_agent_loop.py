@@ -1,6 +1,7 @@
 """One episode at a time, with scripted sampling: ids held are ids sampled plus ids injected, whatever the policy writes."""
 
 import dataclasses
+import threading
 from collections import Counter
 
 import numpy as np
@@ -11,8 +12,10 @@ from cacherl_jax.cache.store import MemoryStore
 from cacherl_jax.config import CacheConfig, Config, ConfigError, GrpoConfig, RolloutConfig
 from cacherl_jax.evaluate.process_accuracy import evaluate
 from cacherl_jax.reward.process import process_reward
+from cacherl_jax.reward.tier import episode_weight
 from cacherl_jax.rollout.agent_loop import CallTools, Episode, Inject
-from cacherl_jax.rollout.tool_calls import make_calls
+from cacherl_jax.rollout.fork import replay
+from cacherl_jax.rollout.tool_calls import ToolCalls, make_calls
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import train_tokenizer
 from cacherl_jax.train.grpo import score_groups, write_rollouts
@@ -26,6 +29,7 @@ TOK = train_tokenizer(
     ["Find é. I look for it. The answer is here. found nothing"] * 3, chat.template_runs(list(SPECS.values())), 420
 )
 CONFIG = RolloutConfig(context=4096, max_turns=4, max_turn_tokens=3000, max_sampled_tokens=3500, max_tool_tokens=64)
+OPENING = chat.opening(TOK, TASK.messages, [SPECS["find"]])
 THOUGHT = "I look for it.\n</think>\n\n"
 
 
@@ -193,6 +197,23 @@ def test_what_the_agent_read_of_a_long_result_is_recorded():
     assert play([turn, ANSWER], session=Echo("short"))[0].observations[0].shown is None
 
 
+def test_a_call_without_an_answer_was_made_and_is_not_to_be_trusted():
+    class Stuck:
+        def execute(self, call, index):
+            threading.Event().wait()
+
+    episode, _ = begin()
+    step = say(episode, THOUGHT + GOOD + call("[]") + "<|im_end|>")
+    assert isinstance(episode.on_answers(ToolCalls(SPECS, 0.05).answers(Stuck(), step.calls)), Inject)
+    misses = CachedTools(MemoryStore(), SPECS, CacheConfig(best_effort="off", fuzzy_threshold=2.0), 0).start(TASK, 0)
+    episode.on_answers(make_calls(misses, say(episode, THOUGHT + GOOD + "<|im_end|>").calls))
+    assert say(episode, ANSWER) is None
+    trajectory = episode.trajectory()
+    assert [o.result.error for o in trajectory.observations] == ["timeout", "malformed_call", "cache_miss"]
+    assert [o.tier for o in trajectory.observations] == [Tier.MISS, Tier.LOOP, Tier.MISS]
+    assert trajectory.refused == (False, True, False) and episode_weight(trajectory) == 0.0
+
+
 def test_a_turn_has_the_floor_that_is_set_for_it():
     episode, _ = begin(config=dataclasses.replace(CONFIG, min_tokens=(20, 0, 5)))
     floors = []
@@ -289,6 +310,8 @@ def test_200_episodes_of_noise_end_by_a_named_reason(tmp_path):
         config = dataclasses.replace(CONFIG, max_turn_tokens=int(rng.integers(8, 400)), context=int(rng.integers(150, 4096)))
         trajectory, held, _ = play([t or "x" for t in turns], config=config)
         check(trajectory, held)
+        again = Episode(TOK, SPECS, TASK, 0, config, OPENING)
+        assert replay(again, Echo(), trajectory, trajectory.turns) is None and again.trajectory().digest() == trajectory.digest()
         scored = score_groups([TASK], [trajectory], SPECS, Config(grpo=GrpoConfig(group=1)))
         write_rollouts(tmp_path / "rollouts.jsonl", scored)
         stops[trajectory.stop] += 1

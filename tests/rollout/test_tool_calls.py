@@ -4,10 +4,10 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 
 import pytest
 
+from cacherl_jax.rollout import tool_calls
 from cacherl_jax.rollout.tool_calls import ToolCalls, make_calls
 from cacherl_jax.tools.functions import FunctionTools, tool
 from cacherl_jax.tools.registry import LiveToolError, forbid_live
@@ -140,20 +140,32 @@ def test_a_late_call_is_a_typed_error_that_no_reward_rests_on(session):
     assert late.call == ToolCall.of("read", x="never") and "0.05 s" in late.result.content
 
 
-def test_while_a_late_call_runs_its_session_is_left_alone(session):
-    tools = ToolCalls(SPECS, 0.05)
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that deadlines are set by, in a list to be changed."""
+    now = [0.0]
+    monkeypatch.setattr(tool_calls.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_while_a_late_call_runs_its_session_is_left_alone(tools, session, clock):
     session.open("a", "b")
-    answers = tools.answers(session, calls("never", "a", name="write"))
+    tools.submit(0, session, calls("late", "a", name="write"), blocking=True)
+    clock[0] = 61.0
+    answers = tools.done()[0]
     assert texts(answers) == ["timeout", "timeout"] and "not called" in answers[1].result.content
-    assert texts(tools.answers(session, calls("b"))) == ["timeout"] and session.began == ["never"]
+    tools.submit(0, session, calls("b"), blocking=True)
+    assert texts(tools.done()[0]) == ["timeout"] and session.began == ["late"]
     other = Gated()
     other.open("b")
-    patient = ToolCalls(SPECS, 60.0)
-    assert texts(patient.answers(other, calls("b"))) == ["b at 0"]
-    patient._late = tools._late
-    session.open("never")
-    patient._late[0][1].result(60)
-    assert texts(patient.answers(session, calls("b"))) == ["b at 0"]  # it has returned: the episode has its tools again
+    assert texts(tools.answers(other, calls("b"))) == ["b at 0"]  # other episodes have their tools
+    session.open("late")
+    for _ in range(6000):
+        answers = tools.answers(session, calls("b"))
+        if texts(answers) != ["timeout"]:
+            break
+        threading.Event().wait(0.01)
+    assert texts(answers) == ["b at 0"]  # it has returned: this one has its tools again
 
 
 def test_a_broken_tool_reaches_the_caller_with_its_name(tools, session):
@@ -206,17 +218,14 @@ def test_a_call_that_never_returns_does_not_keep_the_interpreter():
     assert (done.returncode, done.stdout, done.stderr) == (0, "timeout\n", "")
 
 
-def test_time_counts_from_a_calls_own_start(session, monkeypatch):
+def test_time_counts_from_a_calls_own_start(tools, session, clock):
     """The second call of a turn has its whole time, however long the first took."""
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    tools = ToolCalls(SPECS, 10.0)
     tools.submit(0, session, calls("a", "b", name="write"), blocking=True)
-    now[0] = 9.0
+    clock[0] = 55.0
     session.open("a")
-    tools._turns[0].running[0][0].result(60)
-    assert tools.done() == {}  # starts b
-    now[0] = 18.0
+    while len(session.began) < 2:
+        assert tools.done() == {}
+    clock[0] = 114.0
     assert tools.done() == {}
-    now[0] = 19.5
+    clock[0] = 115.5
     assert texts(tools.done()[0]) == ["a at 0", "timeout"]
