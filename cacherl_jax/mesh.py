@@ -102,7 +102,7 @@ def cache_sharding(mesh: Mesh) -> NamedSharding:
 def local_row_ways(mesh: Mesh) -> int:
     """In how many parts the rows of this process are split."""
     parts = rows_sharding(mesh).addressable_devices_indices_map((row_ways(mesh),)).values()
-    return len({part[0].start or 0 for part in parts})
+    return len({part[0].start or 0 for part in parts if part})
 
 
 def local_rows(x: jax.Array) -> np.ndarray:

@@ -96,23 +96,28 @@ def _play(
 
     from cacherl_jax import interrupts
     from cacherl_jax.mesh import make_mesh, rollout_mesh
-    from cacherl_jax.rollout import runner, stream
+    from cacherl_jax.rollout import runner
     from cacherl_jax.rollout.engine import Engine
+    from cacherl_jax.rollout.stream import TrajectoryStream, read_stream
 
     engine = Engine(config.model, config.rollout, [tok.im_end], rollout_mesh(make_mesh(config.mesh), config.rollout.tp))
     path = folder / f"streamed.{jax.process_index()}.jsonl"
-    with interrupts.held(), stream.Writer(path) as writer:
-        with progress(total=len(episodes), desc="rollout", initial=len(writer.finished)) as bar:
+    finished = read_stream(path)
+    bar = progress(total=len(episodes), desc="rollout", initial=len(finished))
+    with interrupts.held(), TrajectoryStream(path) as streamed, bar:
 
-            def on_done(trajectory: Trajectory) -> None:
-                writer.write(trajectory)
-                bar.update(1)
+        def on_done(trajectory: Trajectory) -> None:
+            streamed(trajectory)
+            bar.update(1)
 
-            trajectories = runner.run(
-                engine, engine.place(model), tok, specs, episodes, provider, config.rollout, config.seed,
-                replays=replays, finished=writer.finished, on_done=on_done,
-            )  # fmt: skip
-    stream.write(folder / "trajectories.jsonl", trajectories)
+        trajectories = runner.run(
+            engine, engine.place(model), tok, specs, episodes, provider, config.rollout, config.seed,
+            replays=replays, finished=finished.values(), on_done=on_done,
+        )  # fmt: skip
+    with TrajectoryStream(folder / "trajectories.jsonl.partial") as whole:
+        for trajectory in trajectories:
+            whole(trajectory)
+    (folder / "trajectories.jsonl.partial").replace(folder / "trajectories.jsonl")
     path.unlink()
     return summary(trajectories) | {"compilations": engine.compilations()}
 
@@ -163,14 +168,12 @@ def _replays(args: argparse.Namespace, tasks: Sequence[Task], samples: int) -> d
         if args.turns is not None:
             raise ConfigError("--turns says how much of --replay FILE to repeat, and no file was given")
         return {}
-    from cacherl_jax.rollout import stream
     from cacherl_jax.rollout.fork import Replay
+    from cacherl_jax.rollout.stream import read_stream
 
-    known = {task.id for task in tasks}
-    replays = {}
-    for t in stream.read(args.replay):
-        if t.task_id in known and t.sample < samples:
-            replays[t.task_id, t.sample] = Replay(t, t.turns if args.turns is None else min(args.turns, t.turns))
+    asked = {(task.id, sample) for task in tasks for sample in range(samples)}
+    stored = {episode: t for episode, t in read_stream(args.replay).items() if episode in asked}
+    replays = {e: Replay(t, t.turns if args.turns is None else min(args.turns, t.turns)) for e, t in stored.items()}
     if not replays:
         raise ConfigError(f"--replay {args.replay} holds no trajectory of these tasks")
     return replays
@@ -178,13 +181,15 @@ def _replays(args: argparse.Namespace, tasks: Sequence[Task], samples: int) -> d
 
 def _provider(args: argparse.Namespace, store: SQLiteStore, specs: Mapping[str, ToolSpec], config: Config) -> Any:
     from cacherl_jax.cache.best_effort import Simulator
+    from cacherl_jax.cache.counterfactual import without_entry
     from cacherl_jax.cache.lookup import CachedTools
     from cacherl_jax.cache.store import SQLiteStore
 
     simulator = None
     if config.cache.best_effort == "simulator":
         simulator = Simulator(config.cache.simulator, SQLiteStore(args.store.with_suffix(".simulated.sqlite"), mode="rw"))
-    return CachedTools(store, specs, config.cache, config.seed, simulator=simulator)
+    answering = without_entry(store, args.without) if args.without else store
+    return CachedTools(answering, specs, config.cache, config.seed, simulator=simulator)
 
 
 def _policy(

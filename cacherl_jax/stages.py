@@ -32,7 +32,7 @@ from cacherl_jax.cache.snapshot import snapshot_id
 from cacherl_jax.cache.store import SQLiteStore, StoreError
 from cacherl_jax.config import Config, ConfigError, ModelConfig
 from cacherl_jax.evaluate import coverage, intervals, process_accuracy, report
-from cacherl_jax.mesh import make_mesh
+from cacherl_jax.mesh import make_mesh, rollout_mesh
 from cacherl_jax.model import qwen3
 from cacherl_jax.reward import answer, process
 from cacherl_jax.rollout import runner
@@ -212,12 +212,12 @@ def evaluate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, 
         live = corpora.live_tools(config, "test")
         if live is not None:
             providers["live"] = live
-        engine = Engine(config.model, config.rollout, tok.im_end)
+        engine = rollout_engine(config, tok)
         sampling = dataclasses.replace(config.rollout, temperature=config.eval.temperature)
         results: dict[str, Any] = {}
         with progress(total=len(tasks) * len(_policies(run)) * len(providers), desc="eval") as bar:
             for policy in _policies(run):
-                model = load_policy(run, policy, config)
+                model = engine.place(load_policy(run, policy, config))
                 for source, provider in providers.items():
                     path = folder / f"{policy}.{source}.jsonl"
                     if not path.is_file():
@@ -379,6 +379,11 @@ def load_policy(run: RunDirectory, stage: str, config: Config) -> qwen3.Qwen3:
     """The trained model of a finished stage."""
     like = qwen3.init(config.model, jax.random.key(0), make_mesh(config.mesh))
     return checkpoint.restore_model(run.out / stage / "checkpoints", like)
+
+
+def rollout_engine(config: Config, tok: Tokenizer) -> Engine:
+    """An engine on the run's devices, in the layout for rollouts."""
+    return Engine(config.model, config.rollout, [tok.im_end], rollout_mesh(make_mesh(config.mesh), config.rollout.tp))
 
 
 def load_trajectories(path: Path) -> list[Trajectory]:

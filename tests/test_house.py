@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout_verb": THIRD | {"rollout", "checkpoint", "run_directory", "interrupts"},
     "cache_verbs": THIRD | {"evaluate"},
     "cache_cli": {"cache_verbs"},
-    "cli": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory", "stages", "rollout_verb", "cache_cli"},
+    "cli": THIRD | {"run_directory", "stages", "rollout_verb", "cache_cli"},
     "": {"versions"},  # cacherl_jax/__init__.py
 }
 # Rooms for a host without an accelerator's libraries.

@@ -29,34 +29,42 @@ BLOCK = 256  # cache slots read at a time
 
 
 def attend_cache(
-    q_BTNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, layer: jax.Array, rows_B: jax.Array | None, positions_BT: jax.Array
+    q_BTNH: jax.Array,
+    k_LCKSH: jax.Array,
+    v_LCKSH: jax.Array,
+    layer: jax.Array,
+    positions_BT: jax.Array,
+    rows_B: jax.Array | None = None,
 ) -> jax.Array:
     """As `attend`, over one layer of a KV cache: query t reads slots 0 .. positions_bt of its row; returns o_BTNH.
 
+    rows_B names the cache row (of C) of each b; by default they are the cache's rows in order.
     Reads the cache by blocks up to the furthest position, with a running maximum and sum (online softmax, Milakov and
     Gimelshein, arXiv 1805.02867): work and memory follow the tokens held, not the cache's size. A block beyond a row's own
     positions multiplies what it has by exactly 1 and adds exactly 0, so that a row's bits do not depend on longer ones.
     """
     B, T, N, H = q_BTNH.shape
-    K, S = k_LBKSH.shape[2:4]
+    K, S = k_LCKSH.shape[2:4]
     width = min(BLOCK, S)
     q_BKXH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    positions_B11X1 = jnp.tile(positions_BT[:, None, None], (1, 1, N // K, 1)).reshape(B, 1, -1, 1)
+    positions_B1X1 = jnp.tile(positions_BT[:, None], (1, N // K, 1)).reshape(B, 1, -1, 1)
 
-    def block(x_LBKSH: jax.Array, start: jax.Array) -> jax.Array:
-        x_1BKWH = jax.lax.dynamic_slice(x_LBKSH, (layer, 0, 0, start, 0), (1, *x_LBKSH.shape[1:3], width, H))
-        return x_1BKWH[0] if rows_B is None else x_1BKWH[0][rows_B]
+    def block(x_LCKSH: jax.Array, start: jax.Array) -> jax.Array:
+        x_1CKWH = jax.lax.dynamic_slice(x_LCKSH, (layer, 0, 0, start, 0), (1, *x_LCKSH.shape[1:3], width, H))
+        return x_1CKWH[0] if rows_B is None else x_1CKWH[0][rows_B]
 
     def read(i: jax.Array, carry: tuple) -> tuple:
         max_BKX1, sum_BKX1, o_BKXH = carry
         start = jnp.minimum(i * width, S - width)  # the last block may overlap the one before
-        slots_W = start + jnp.arange(width, dtype=jnp.int32)
-        scores_BKXW = jnp.einsum("BKXH,BKWH->BKXW", q_BKXH, block(k_LBKSH, start), preferred_element_type=jnp.float32) * H**-0.5
-        mask_BKXW = (slots_W <= positions_B11X1) & (slots_W >= i * width)
-        scores_BKXW = jnp.where(mask_BKXW, scores_BKXW, MASKED)
+        slots_111W = start + jnp.arange(width, dtype=jnp.int32).reshape(1, 1, 1, -1)
+        scores_BKXW = jnp.einsum("BKXH,BKWH->BKXW", q_BKXH, block(k_LCKSH, start), preferred_element_type=jnp.float32) * H**-0.5
+        mask_B1XW = (slots_111W <= positions_B1X1) & (slots_111W >= i * width)
+        scores_BKXW = jnp.where(mask_B1XW, scores_BKXW, MASKED)
         new_BKX1 = jnp.maximum(max_BKX1, scores_BKXW.max(axis=-1, keepdims=True))
         weights_BKXW, kept_BKX1 = jnp.exp(scores_BKXW - new_BKX1), jnp.exp(max_BKX1 - new_BKX1)
-        part_BKXH = jnp.einsum("BKXW,BKWH->BKXH", weights_BKXW.astype(v_LBKSH.dtype), block(v_LBKSH, start), preferred_element_type=jnp.float32)
+        part_BKXH = jnp.einsum(
+            "BKXW,BKWH->BKXH", weights_BKXW.astype(v_LCKSH.dtype), block(v_LCKSH, start), preferred_element_type=jnp.float32
+        )
         return new_BKX1, sum_BKX1 * kept_BKX1 + weights_BKXW.sum(axis=-1, keepdims=True), o_BKXH * kept_BKX1 + part_BKXH
 
     X = T * (N // K)

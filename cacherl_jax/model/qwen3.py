@@ -295,7 +295,7 @@ def extend(
         q_BTNH, k_BTKH, v_BTKH = _qkv(layer, x_BTD, angles, c)
         k_LBKSH = k_LBKSH.at[index, rows_B1, :, slots_BT].set(k_BTKH, mode="drop")
         v_LBKSH = v_LBKSH.at[index, rows_B1, :, slots_BT].set(v_BTKH, mode="drop")
-        o_BTNH = attend_cache(q_BTNH, k_LBKSH, v_LBKSH, index, rows_B, read_BT)
+        o_BTNH = attend_cache(q_BTNH, k_LBKSH, v_LBKSH, index, read_BT, rows_B)
         x_BTD = _finish(layer, x_BTD, o_BTNH, c)
         return (x_BTD, k_LBKSH, v_LBKSH), None
 

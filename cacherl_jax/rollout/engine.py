@@ -117,12 +117,10 @@ class Engine:
 
     def _program(self, body: Callable[..., Any], arguments: str, results: str, donate: int) -> Callable[..., Any]:
         """`body` for the rows of one device, on all of them. m model, c cache, s state, i rows first, r the same everywhere."""
-        rows, cache = P(meshes.ROWS), qwen3.KVCache(P(None, meshes.ROWS), P(None, meshes.ROWS))
-        specs: dict[str, Any] = {"m": P(), "r": P(), "i": rows, "o": rows, "c": cache}
-        specs["s"] = EngineState(cache, *([rows] * 6))
+        rows, cache = P(meshes.ROWS), P(None, meshes.ROWS)
+        specs = {"m": P(), "r": P(), "i": rows, "o": rows, "c": qwen3.KVCache(*_both(cache)), "s": _layout(cache, rows)}
         whole = meshes.cache_sharding(self.mesh)
-        placed: dict[str, Any] = {"c": qwen3.KVCache(whole, whole), "o": self._rows}
-        placed["s"] = EngineState(placed["c"], *([self._rows] * 6))
+        placed = {"c": qwen3.KVCache(*_both(whole)), "o": self._rows, "s": _layout(whole, self._rows)}
         mapped = jax.shard_map(
             body,
             mesh=self.mesh,
@@ -140,15 +138,13 @@ class Engine:
 
     def init(self) -> EngineState:
         """All rows empty."""
-        cache = meshes.cache_sharding(self.mesh)
-        layout = EngineState(qwen3.KVCache(cache, cache), *([self._rows] * 6))
 
         def make() -> EngineState:
             zeros_B = jnp.zeros((self._total,), jnp.int32)
             empty = qwen3.init_cache(self._model, self._total, self.context)
-            return EngineState(empty, *([zeros_B] * 5), jnp.zeros((self._total, 2), jnp.uint32))
+            return EngineState(empty, zeros_B, zeros_B, zeros_B, zeros_B, zeros_B, jnp.zeros((self._total, 2), jnp.uint32))
 
-        return jax.jit(make, out_shardings=layout)()
+        return jax.jit(make, out_shardings=_layout(meshes.cache_sharding(self.mesh), self._rows))()
 
     def compilations(self) -> int:
         """Programs compiled so far."""
@@ -231,6 +227,15 @@ class Engine:
         return Decoded(
             tokens_BN, logprobs_BN.view(np.float32), behavior_BN.view(np.float32), counts_B[:, 0], stopped_B[:, 0].astype(bool)
         )
+
+
+def _layout(cache: Any, rows: Any) -> Any:
+    """A state of shardings or partition specs."""
+    return EngineState(qwen3.KVCache(*_both(cache)), rows, rows, rows, rows, rows, rows)
+
+
+def _both(x: Any) -> tuple[Any, Any]:
+    return x, x
 
 
 def _dispatches(queues: list[list[Read]], size: int) -> list[list[list[Read]]]:

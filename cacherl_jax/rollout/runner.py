@@ -79,7 +79,10 @@ def run(
         task, sample = own[index]
         row = Row(index, Episode(tok, specs, task, sample, config, openings[task.id]), provider.start(task, sample))
         replay = (replays or {}).get((task.id, sample))
-        return row, row.episode.start() if replay is None else fork.replay(row.episode, row.session, replay)
+        if replay is None:
+            return row, row.episode.start()
+        tools = calls if provider.blocking else None
+        return row, fork.replay(row.episode, row.session, replay.trajectory, replay.turns, tools=tools)
 
     def fill() -> None:
         while waiting and rows.free:

@@ -113,7 +113,7 @@ def train(
     state = steps.TrainState.create(qwen3.copy(reference), tx)
     update = steps.make_update(tx)
     buckets = bucket_lengths(config.rollout.context)
-    engine = Engine(config.model, config.rollout, tok.im_end)
+    engine = Engine(config.model, config.rollout, [tok.im_end], mesh.rollout_mesh(devices, config.rollout.tp))
     gradients_of = _gradients_of(config)
     live_before = registry.live_call_count()
     with registry.forbid_live(), checkpoint.Checkpoints(directory / "checkpoints", keep=1) as saved:

@@ -199,3 +199,26 @@ def test_no_position_sees_a_later_token(model):
 
 if __name__ == "__main__":
     write_golden()
+
+
+def test_a_row_reads_its_own_slots_whatever_longer_rows_read():
+    """Attention over the cache goes by blocks up to the furthest row: same bits in any company, values as by `attend`."""
+    rng = np.random.default_rng(0)
+    L, B, K, S, H, T = 2, 3, 2, 700, 8, 4
+    k, v = (jnp.asarray(rng.normal(size=(L, B, K, S, H)), jnp.float32) for _ in range(2))
+    q = jnp.asarray(rng.normal(size=(B, T, 4, H)), jnp.float32)
+
+    def read(starts):
+        positions_BT = jnp.asarray(starts)[:, None] + jnp.arange(T)[None]
+        return attend_cache(q, k, v, jnp.int32(1), positions_BT), positions_BT
+
+    for starts in ([5, 254, 690], [5, 600, 100]):
+        found, positions_BT = read(starts)
+        mask_BTS = jnp.arange(S)[None, None] <= positions_BT[:, :, None]
+        np.testing.assert_allclose(found, attend(q, k[1], v[1], mask_BTS), atol=1e-6)
+        np.testing.assert_array_equal(found[0], read([5, 0, 0])[0][0])
+    rows = jnp.array([2, 0])
+    positions_BT = jnp.array([[300], [20]])
+    found = attend_cache(q[:2, :1], k, v, jnp.int32(0), positions_BT, rows)
+    mask_BTS = jnp.arange(S)[None, None] <= positions_BT[:, :, None]
+    np.testing.assert_allclose(found, attend(q[:2, :1], k[0][rows], v[0][rows], mask_BTS), atol=1e-6)

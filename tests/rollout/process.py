@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import jax
+import test_runner as small
 
 from cacherl_jax.config import MeshConfig
 from cacherl_jax.mesh import make_mesh, rollout_mesh
@@ -12,7 +13,6 @@ from cacherl_jax.model import qwen3
 from cacherl_jax.rollout import runner
 from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.rollout_verb import summary
-import test_runner as small
 
 
 def main(address: str, count: str, index: str, tp: str, out: str) -> None:

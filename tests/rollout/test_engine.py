@@ -55,9 +55,7 @@ def test_long_reads_come_in_chunks_and_leave_the_cache_of_one_read(model):
     ids = random_ids(1100)
     state = engine.append(engine.place(model), engine.init(), engine.plan([Read(1, 0, ids)], []))
     assert engine.compilations() == 2  # a chunk of 1024 tokens, the other 76 in one of 256
-    _, whole = qwen3.extend(
-        model, qwen3.init_cache(MODEL, 1, 1400), jnp.asarray(ids)[None], jnp.array([0]), jnp.array([1100])
-    )
+    _, whole = qwen3.extend(model, qwen3.init_cache(MODEL, 1, 1400), jnp.asarray(ids)[None], jnp.array([0]), jnp.array([1100]))
     np.testing.assert_allclose(state.cache.k_LBKSH[:, 1], whole.k_LBKSH[:, 0], atol=1e-5)
     assert not np.asarray(state.cache.k_LBKSH[:, 0]).any()
     with pytest.raises(ValueError, match="row 1: 1300 \\+ 101 tokens exceed the context of 1400"):
@@ -68,8 +66,8 @@ def test_a_copied_prompt_is_a_read_prompt(model):
     engine, ids = Engine(MODEL, CONFIG, STOPS), random_ids(40)
     turn = Opening(len(ids) - 1, ids[-1], 12, 0, KEY_2)
     read, copied = Read(0, 0, ids[:-1]), [(0, row) for row in range(1, 6)]
-    sampled, _ = play(engine, model, [read], copied, {row: turn for row in range(6)}, 3)
-    apart, _ = play(engine, model, [Read(row, 0, ids[:-1]) for row in range(6)], [], {row: turn for row in range(6)}, 3)
+    sampled, _ = play(engine, model, [read], copied, dict.fromkeys(range(6), turn), 3)
+    apart, _ = play(engine, model, [Read(row, 0, ids[:-1]) for row in range(6)], [], dict.fromkeys(range(6), turn), 3)
     assert sampled == apart and all(sampled[row] == sampled[0] for row in range(6))
     assert len(sampled[0][0]) == 12 or sampled[0][0][-1] in STOPS
 
