@@ -10,6 +10,7 @@ import pytest
 
 from cacherl_jax.config import ModelConfig
 from cacherl_jax.model import hf, qwen3
+from cacherl_jax.model.attention import attend, attend_cache
 
 # Every field off its default, so that one which is never read shows.
 ODD = ModelConfig(
