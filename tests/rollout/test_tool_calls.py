@@ -20,7 +20,7 @@ class Gated:
     """A session whose calls wait for a gate of their name, `answer[x]`; notes what began and what was under way with it."""
 
     def __init__(self):
-        self.gates, self.began, self.running, self.most = {}, [], 0, 0
+        self.gates, self.began, self.running, self.most, self.threads = {}, [], 0, 0, {}
         self.changed = threading.Condition()
 
     def gate(self, x):
@@ -39,6 +39,7 @@ class Gated:
         x = call.parsed()["x"]
         with self.changed:
             self.began.append(x)
+            self.threads[x] = threading.current_thread()
             self.running += 1
             self.most = max(self.most, self.running)
             self.changed.notify_all()
@@ -81,6 +82,7 @@ def test_reads_of_a_turn_run_together_and_answer_in_call_order(tools, session):
     for x in "cba":
         assert tools.done() == {}
         session.open(x)
+        session.threads[x].join()
     tools.wait()
     ((row, answers),) = tools.done().items()
     assert row == 3 and texts(answers) == ["a at 5", "b at 6", "c at 7"] and session.most == 3
