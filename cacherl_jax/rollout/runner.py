@@ -82,7 +82,9 @@ def run(
         if replay is None:
             return row, row.episode.start()
         tools = calls if provider.blocking else None
-        return row, fork.replay(row.episode, row.session, replay.trajectory, replay.turns, tools=tools)
+        step = fork.replay(row.episode, row.session, replay.trajectory, replay.turns, tools=tools)
+        row.seconds = [(0.0, 0.0)] * row.episode.turn
+        return row, step
 
     def fill() -> None:
         while waiting and rows.free:
