@@ -51,5 +51,5 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["cacherl=cacherl_jax.cli:main"]},
+    entry_points={"console_scripts": ["cacherl=cacherl_jax.cli:command"]},
 )

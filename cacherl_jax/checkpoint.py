@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,42 +23,34 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C inside takes effect at the end. For an update, which donates the old state: between the call and the
-    assignment of its result there is none to save. Does nothing outside the main thread, which no signal reaches."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if pending:
-        signal.raise_signal(signal.SIGINT)
-
-
 class Checkpoints:
-    """The checkpoints of one training run, the newest `keep` of them. A half-written one is never taken for whole."""
+    """The checkpoints of one training run, the newest `keep` of them. A half-written one is never taken for whole.
+
+    They are written by a thread of their own, which no Ctrl-C reaches: orbax interrupted in its own bookkeeping can wait
+    for minutes, or refuse the next save. A checkpoint that was begun is finished before the process ends.
+    """
 
     def __init__(self, directory: Path, *, keep: int) -> None:
         self._manager = ocp.CheckpointManager(
             directory.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         )
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._manager.close()
+        with self._writer:
+            self._writer.submit(self._manager.close).result()
 
     def save(self, step: int, state: TrainState) -> None:
         """Writes the state after `step` updates; once is enough. Returns when it is on disk."""
         if step > 0 and self._manager.latest_step() != step:
-            self._manager.save(step, args=ocp.args.StandardSave(_tree(state)))
-            self._manager.wait_until_finished()
+            self._writer.submit(self._write, step, state).result()
+
+    def _write(self, step: int, state: TrainState) -> None:
+        self._manager.save(step, args=ocp.args.StandardSave(_tree(state)))
+        self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> tuple[int, TrainState] | None:
         """The newest checkpoint, placed as `like` is; None where there is none."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cacherl_jax import rollout_verb
 from cacherl_jax.cache_cli import add_verbs
@@ -23,15 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         result = args.verb(args)
+    except KeyboardInterrupt:
+        print("\ncacherl: interrupted. What was done is kept; the same command goes on from there.", file=sys.stderr)
+        return INTERRUPTED
     except ConfigError as error:
         print(f"cacherl: {error}", file=sys.stderr)
         return 2
     except _run_errors() as error:
         print(f"cacherl: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\ncacherl: interrupted. What was done is kept; the same command goes on from there.", file=sys.stderr)
-        return INTERRUPTED
     print(json.dumps(result) if args.json else _readable(result))
     return 0
 
@@ -151,5 +152,12 @@ def _cell(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else " ".join(str(value).splitlines())
 
 
+def command() -> NoReturn:
+    """`main` as a process. Its status is final: a Ctrl-C while the interpreter takes itself down changes nothing."""
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

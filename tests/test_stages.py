@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import jax
 import pytest
 
-from cacherl_jax import cli
+from cacherl_jax import checkpoint, cli
 from cacherl_jax.cache.store import Recording, SQLiteStore
+from cacherl_jax.train import grpo
 from cacherl_jax.types import ToolResult
 
 SMALL = {
@@ -145,37 +147,102 @@ def test_a_broken_line_in_the_recordings_is_counted_and_named(tmp_path, capsys):
     assert status == 0 and "transcripts.jsonl:5:" in problem and json.loads(out)["transcripts"] == len(lines) - 1
 
 
+# A process that sends itself signals at chosen places: no other process has to guess when they are reached.
+SIGNALLED = """
+import atexit, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of tests that run in the background would ignore it
+from cacherl_jax import checkpoint, cli
+from cacherl_jax.train import grpo
+
+def after_call(number, owner, name, act):
+    original, calls = getattr(owner, name), []
+    def patched(*args, **kwargs):
+        calls.append(name)
+        result = original(*args, **kwargs)
+        if len(calls) == number:
+            act()
+        return result
+    setattr(owner, name, patched)
+
+"""
+# In sft's second save: the first is whole, the second begun.
+KILLED = 'after_call(2, checkpoint.ocp.CheckpointManager, "save", lambda: os.kill(os.getpid(), signal.SIGKILL))'
+# In grpo's second step, before its update; then once more while the interpreter takes itself down.
+INTERRUPTED = """
+after_call(2, grpo, "write_rollouts", lambda: signal.raise_signal(signal.SIGINT))
+atexit.register(signal.raise_signal, signal.SIGINT)
+"""
+
+
 def test_killed_and_interrupted_runs_end_as_uninterrupted_ones(finished, tmp_path):
     """kill -9 in sft, Ctrl-C in grpo; then the same command once more gives the same losses, tokens and figures."""
-    # A child of tests that run in the background would ignore Ctrl-C.
-    program = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from cacherl_jax.cli import main; sys.exit(main())"
-    )
-    command = [sys.executable, "-c", program, *arguments("demo", tmp_path)]
     programs = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
 
-    def stop_when(path, lines, how):
-        child = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | programs
-        )
-        while child.poll() is None:
-            if path.is_file() and len(path.read_text().splitlines()) >= lines:
-                child.send_signal(how)
-                break
-            time.sleep(0.02)
-        _, err = child.communicate()
-        return child.returncode, err
+    def child(signals):
+        command = [sys.executable, "-c", f"{SIGNALLED}{signals}\ncli.command()", *arguments("demo", tmp_path)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | programs)
+        return done.returncode, done.stderr
 
-    assert stop_when(tmp_path / "sft" / "checkpoints" / "2" / "_CHECKPOINT_METADATA", 1, signal.SIGKILL)[0] == -signal.SIGKILL
-    status, err = stop_when(tmp_path / "grpo" / "metrics.jsonl", 2, signal.SIGINT)
-    assert status == 130 and "the same command goes on" in err
+    assert child(KILLED)[0] == -signal.SIGKILL
+    status, err = child(INTERRUPTED)
+    assert status == 130 and err.endswith("the same command goes on from there.\n") and "Traceback" not in err
+    assert saved(tmp_path) == [1]
     assert cli.main(arguments("demo", tmp_path)) == 0
     assert losses(tmp_path) == losses(finished)
     for name in ("sft.live.jsonl", "grpo.live.jsonl", "grpo.cached.jsonl"):
         assert (tmp_path / "eval" / name).read_bytes() == (finished / "eval" / name).read_bytes()
     kept, other = (json.loads((p / "summary.json").read_text()) for p in (finished, tmp_path))
     assert {k: v for k, v in kept.items() if "cpu" not in k} == {k: v for k, v in other.items() if "cpu" not in k}
+
+
+def saved(out: Path) -> list[int]:
+    return sorted(int(path.name) for path in (out / "grpo" / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+def test_ctrl_c_anywhere_in_training_loses_nothing(finished, tmp_path, capsys, monkeypatch):
+    """Runs of grpo in one folder, each ended by Ctrl-C at another place: in a call, or on the way out of it."""
+    for name in ("run.json", "record", "think", "sft"):
+        copy = shutil.copytree if (finished / name).is_dir() else shutil.copy
+        copy(finished / name, tmp_path / name)
+
+    def press(times):
+        for _ in range(times):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    def stopped(owner, name, *, presses, after=False):
+        original, calls = getattr(owner, name), []
+
+        def patched(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == 1 and not after:
+                press(presses)
+            result = original(*args, **kwargs)
+            if len(calls) == 1 and after:
+                press(presses)
+            return result
+
+        # Python's own handling, also where the tests were started in the background, with Ctrl-C ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, patched)
+                status, out, err = cacherl(capsys, *arguments("grpo", tmp_path))
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert (status, out) == (130, "") and "the same command goes on" in err and calls
+        return saved(tmp_path)
+
+    orbax = checkpoint.ocp
+    writes = {"owner": orbax.AsyncCheckpointer, "name": "save", "after": True}  # a part of the manager's save
+    assert stopped(**writes, presses=1) == [1]
+    assert stopped(grpo.runner, "run", presses=1) == [1]
+    assert stopped(grpo.steps, "accumulate", presses=2) == [1]  # between the old state and the new there is none to save
+    assert stopped(orbax.CheckpointManager, "restore", presses=2) == [1]
+    assert stopped(grpo.steps, "accumulate", presses=1) == [2]
+    assert stopped(**writes, presses=9) == [3]  # begun, so it is finished
+    assert cacherl(capsys, *arguments("grpo", tmp_path))[0] == 0
+    names = ["metrics.jsonl", *(f"rollouts/{step:05d}.jsonl" for step in range(3))]
+    assert all((tmp_path / "grpo" / n).read_bytes() == (finished / "grpo" / n).read_bytes() for n in names)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cacherl_jax import checkpoint, mesh, metrics
+from cacherl_jax import checkpoint, interrupts, mesh, metrics
 from cacherl_jax.config import Config
 from cacherl_jax.data.pipeline import Row, bucket_lengths, bucketed
 from cacherl_jax.model import qwen3
@@ -116,13 +116,14 @@ def train(
     engine = Engine(config.model, config.rollout, [tok.im_end], mesh.rollout_mesh(devices, config.rollout.tp))
     gradients_of = _gradients_of(config)
     live_before = registry.live_call_count()
-    with registry.forbid_live(), checkpoint.Checkpoints(directory / "checkpoints", keep=1) as saved:
+    with interrupts.held(), registry.forbid_live(), checkpoint.Checkpoints(directory / "checkpoints", keep=1) as saved:
         done, state = saved.restore(state) or (0, state)
         log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done)
         validated = {row["step"] for row in metrics.read_metrics(directory / "metrics.jsonl") if "validation" in row}
         try:
             with log, progress(total=grpo.steps, initial=done, desc="grpo") as bar:
                 while True:
+                    interrupts.check()
                     if (done % grpo.validate_every == 0 or done == grpo.steps) and done not in validated:
                         log.write({"stage": "grpo", "step": done, "validation": validate(engine, state.model)})
                     if done >= grpo.steps:
@@ -135,24 +136,25 @@ def train(
                     scored = score_groups(chosen, trajectories, specs, config)
                     write_rollouts(directory / "rollouts" / f"{done:05d}.jsonl", scored)
                     rows = _rows(reference, scored, buckets, config, devices)
-                    with checkpoint.uninterrupted():  # the model, the number of steps and the metrics change together
-                        values: dict[str, Any] = {}
-                        for part in np.array_split(np.arange(len(rows)), grpo.minibatches):
-                            batches = bucketed([rows[i] for i in part], buckets, grpo.tokens_per_batch, mesh.row_ways(devices))
-                            gradients, values = steps.accumulate(
-                                gradients_of, state.model, [mesh.place(batch, devices) for batch, _ in batches]
-                            )
-                            state, norm = update(state, gradients)
-                            values = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
-                        done += 1
-                        row = {"stage": "grpo", "step": done} | rollout_metrics(scored) | values
-                        log.write(row)
+                    interrupts.check()  # from here to the next, the model, the number of steps and the metrics change
+                    values: dict[str, Any] = {}
+                    for part in np.array_split(np.arange(len(rows)), grpo.minibatches):
+                        batches = bucketed([rows[i] for i in part], buckets, grpo.tokens_per_batch, mesh.row_ways(devices))
+                        gradients, values = steps.accumulate(
+                            gradients_of, state.model, [mesh.place(batch, devices) for batch, _ in batches]
+                        )
+                        state, norm = update(state, gradients)
+                        values = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
+                    done += 1
+                    row = {"stage": "grpo", "step": done} | rollout_metrics(scored) | values
+                    log.write(row)
                     bar.set_postfix(acc=f"{row['accuracy']:.2f}", kl=f"{row['kl']:.3f}", gap=f"{row['sampler_gap']:.1e}")
                     bar.update(1)
-                    if done % grpo.checkpoint_every == 0:
+                    if done % grpo.checkpoint_every == 0 or done == grpo.steps:
                         saved.save(done, state)
-        finally:
+        except interrupts.Interrupted:
             saved.save(done, state)
+            raise
     return state.model, registry.live_call_count() - live_before
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from cacherl_jax import checkpoint, mesh, metrics
+from cacherl_jax import checkpoint, interrupts, mesh, metrics
 from cacherl_jax.config import Config
 from cacherl_jax.data.pipeline import EpochBatches, Row
 from cacherl_jax.model import qwen3
@@ -49,7 +49,7 @@ def train(
     tx = make_optimizer(config.sft.optimizer, config.sft.steps)
     devices = mesh.make_mesh(config.mesh)
     state = steps.TrainState.create(qwen3.init(config.model, jax.random.key(config.seed), devices), tx)
-    with checkpoint.Checkpoints(directory / "checkpoints", keep=1) as saved:
+    with interrupts.held(), checkpoint.Checkpoints(directory / "checkpoints", keep=1) as saved:
         done, state = saved.restore(state) or (0, state)
         batches = EpochBatches(rows, tokens_per_batch=config.sft.tokens_per_batch, seed=config.seed, ways=mesh.row_ways(devices))
         update = steps.make_update(tx)
@@ -57,18 +57,19 @@ def train(
         try:
             with log, progress(total=config.sft.steps, initial=done, desc=directory.name) as bar:
                 while done < config.sft.steps:
+                    interrupts.check()
                     batch = mesh.place(batches.batch(done), devices)
                     gradients, values = steps.accumulate(steps.sft_gradients, state.model, [batch])
-                    with checkpoint.uninterrupted():
-                        state, norm = update(state, gradients)
-                        done += 1
-                        if done % 10 == 0 or done == config.sft.steps:
-                            row = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
-                            log.write({"stage": directory.name, "step": done} | row)
-                            bar.set_postfix(loss=f"{row['loss']:.3f}")
+                    state, norm = update(state, gradients)
+                    done += 1
+                    if done % 10 == 0 or done == config.sft.steps:
+                        row = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
+                        log.write({"stage": directory.name, "step": done} | row)
+                        bar.set_postfix(loss=f"{row['loss']:.3f}")
                     bar.update(1)
-                    if done % config.sft.checkpoint_every == 0:
+                    if done % config.sft.checkpoint_every == 0 or done == config.sft.steps:
                         saved.save(done, state)
-        finally:
+        except interrupts.Interrupted:
             saved.save(done, state)
+            raise
     return state.model

@@ -1,7 +1,6 @@
 """A training step: split or whole, on one device or eight, interrupted or not, the same numbers."""
 
 import dataclasses
-import signal
 import subprocess
 import sys
 import textwrap
@@ -206,29 +205,6 @@ def test_interrupted_training_ends_as_uninterrupted_training(tmp_path, stop):
     resumed = sft.train(CONFIG, ROWS, tmp_path / "b/sft", progress=quiet)
     jax.tree.map(np.testing.assert_array_equal, qwen3.to_dict(straight), qwen3.to_dict(resumed))
     assert metrics.read_metrics(tmp_path / "a/sft/metrics.jsonl") == metrics.read_metrics(tmp_path / "b/sft/metrics.jsonl")
-
-
-@pytest.fixture
-def ctrl_c():
-    """Python's own handling of Ctrl-C, also where the tests were started in the background, with Ctrl-C ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_waits_for_the_end_of_an_update(ctrl_c):
-    reached = []
-
-    def update():
-        with checkpoint.uninterrupted():
-            signal.raise_signal(signal.SIGINT)
-            reached.append("the end")
-
-    with pytest.raises(KeyboardInterrupt):
-        update()
-    assert reached == ["the end"]
-    with pytest.raises(KeyboardInterrupt):  # and the handler is back
-        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_whole(tmp_path, model):
