@@ -53,8 +53,13 @@ def held() -> Iterator[None]:
 
 def check() -> None:
     """Raises Interrupted if a Ctrl-C is held. For points where all state is whole. Does nothing outside the main thread."""
-    if _came and threading.current_thread() is threading.main_thread():
+    if pending():
         raise Interrupted
+
+
+def pending() -> bool:
+    """Whether `check()` would raise: for processes that must stop together."""
+    return bool(_came) and threading.current_thread() is threading.main_thread()
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
