@@ -195,9 +195,10 @@ def summary(taken: dict[str, dict[str, list[float]]]) -> tuple[dict[str, Any], d
         }
         figures[f"decode {how}, a token"] = token
         figures[f"decode {how}, the call"] = {s: [v * 1e3 for v in call[s]] for s in call}
-        figures[f"prefill, {how}"] = {
-            s: [v * 1e3 - task.ROWS * task.FEW * t for v, t in zip(short[s], token[s], strict=True)] for s in call
-        }
+        if how == "greedy":
+            figures["prefill"] = {
+                s: [v * 1e3 - task.ROWS * task.FEW * t for v, t in zip(short[s], token[s], strict=True)] for s in call
+            }
     figures["a new token budget, the call"] = {s: [v * 1e3 for v in values] for s, values in taken["new budget"].items()}
     figures["a group of rollouts"] = {s: [v * 1e3 for v in values] for s, values in taken["group"].items()}
     ratios = {
@@ -232,21 +233,34 @@ def main() -> None:
         "ratios": ratios,
         "first_run": {name: {side: _first(a) for side, a in by_side.items()} for name, by_side in first.items()},
     }
-    for name, by_side in figures.items():
-        print(f"\n{name}, CPU ms")
-        for side, f in by_side.items():
-            print(f"  {side:<8} {f['median']:>10.3f}   {f['least']:.3f} to {f['most']:.3f}")
-    print("\nratios")
-    for name, f in ratios.items():
-        print(f"  {name:<52} {f['median']:>8.3f}   {f['least']:.3f} to {f['most']:.3f}")
-    print("\nfirst run: CPU seconds, programs compiled")
-    for name, by_side in result["first_run"].items():
-        print(f"  {name:<20} " + ", ".join(f"{side} {a['cpu']:.2f}, {a.get('compilations', 0)}" for side, a in by_side.items()))
+    print_tables(figures, ratios, result["first_run"])
     (HERE / "rollouts.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _first(answer: dict[str, Any]) -> dict[str, float]:
     return {k: round(v, 3) for k, v in answer.items() if k in ("cpu", "compilations", "compile_seconds")}
+
+
+def print_tables(figures: dict[str, Any], ratios: dict[str, Any], first: dict[str, Any]) -> None:
+    """The tables of README.md."""
+
+    def cell(f: dict[str, float] | None, digits: int) -> str:
+        return f"{f['median']:.{digits}f} ({f['least']:.{digits}f} to {f['most']:.{digits}f})" if f else ""
+
+    print("\n| CPU ms | ours | Tunix | torch |\n|---|---|---|---|")
+    for name, by_side in figures.items():
+        digits = 2 if "token" in name and "call" not in name else 0
+        print(f"| {name} | " + " | ".join(cell(by_side.get(s), digits) for s in ("ours", "tunix", "torch")) + " |")
+    print("\n| ours / | Tunix | torch |\n|---|---|---|")
+    for name in figures:
+        print(f"| {name} | " + " | ".join(cell(ratios.get(f"{name}: ours / {s}"), 2) for s in ("tunix", "torch")) + " |")
+    print("\n| first run: CPU s, programs compiled | ours | Tunix | torch |\n|---|---|---|---|")
+    for name, by_side in first.items():
+        cells = [
+            f"{by_side[s]['cpu']:.1f}, {by_side[s].get('compilations', 0)}" if s in by_side else ""
+            for s in ("ours", "tunix", "torch")
+        ]
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
