@@ -111,3 +111,8 @@ def local_rows(x: jax.Array) -> np.ndarray:
         return np.asarray(x)
     parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """Inside a program over a mesh: `x` whole on every device of a tp group. Outside of one, `x`."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, P(*[None] * x.ndim))

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": SECOND,
     "trajectories": FIRST | {"text", "tools", "cache"},
     "corpus": THIRD - {"mesh", "model"},
-    "rollout.sampling": FIRST,
+    "rollout.sampling": FIRST | {"mesh"},
     "rollout.engine": FIRST | {"mesh", "model", "rollout.sampling"},  # token ids only: no text, tools or cache
     # The host's side, without a model. The loop makes no calls: it says which are to be made.
     "rollout.agent_loop": FIRST | {"text", "tools"},

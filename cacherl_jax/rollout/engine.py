@@ -297,8 +297,8 @@ def _decode(
     keys_B2 = jnp.where(opened_B[:, None], jax.lax.bitcast_convert_type(controls_B6[:, 4:], jnp.uint32), state.keys_B2)
     B = lengths_B.shape[0]
 
-    def step(carry: tuple) -> tuple:
-        i, cache, lengths_B, pending_B, budgets_B, taken_B, count_B, out_BN3 = carry
+    def step(i: jax.Array, carry: tuple) -> tuple:
+        cache, lengths_B, pending_B, budgets_B, taken_B, count_B, out_BN3 = carry
         active_B = budgets_B > 0
         hidden_BTD, cache = qwen3.extend(model, cache, pending_B[:, None], lengths_B, active_B.astype(jnp.int32))
         logits_BV = qwen3.logits(model, hidden_BTD[:, 0])
@@ -308,7 +308,6 @@ def _decode(
         moved_B = active_B.astype(jnp.int32)
         stopped_B = (token_B[:, None] == stops_X[None]).any(axis=-1)
         return (
-            i + 1,
             cache,
             lengths_B + moved_B,
             jnp.where(active_B, token_B, pending_B),
@@ -318,12 +317,11 @@ def _decode(
             jax.lax.dynamic_update_index_in_dim(out_BN3, sampled_B3, i, axis=1),
         )
 
-    def going(carry: tuple) -> jax.Array:
-        return (carry[0] < steps) & (carry[4] > 0).any()
-
-    start = (jnp.int32(0), state.cache, lengths_B, pending_B, budgets_B, taken_B, jnp.zeros_like(lengths_B))
+    # As many steps as some row may need, the same on all devices: programs that talk to each other keep in step.
+    needed = jax.lax.pmax(jnp.minimum(budgets_B.max(), steps), meshes.ROWS)
+    start = (state.cache, lengths_B, pending_B, budgets_B, taken_B, jnp.zeros_like(lengths_B))
     start = (*start, jnp.zeros((B, steps, 3), jnp.int32))
-    _, cache, lengths_B, pending_B, budgets_B, taken_B, count_B, out_BN3 = jax.lax.while_loop(going, step, start)
+    cache, lengths_B, pending_B, budgets_B, taken_B, count_B, out_BN3 = jax.lax.fori_loop(0, needed, step, start)
     stopped_B = (count_B > 0) & (pending_B[:, None] == stops_X[None]).any(axis=-1)
     out_BX = jnp.concatenate(
         [*(out_BN3[:, :, k] for k in range(3)), count_B[:, None], stopped_B.astype(jnp.int32)[:, None]], axis=1

@@ -16,7 +16,7 @@ from cacherl_jax.config import CacheConfig, ModelConfig, RolloutConfig
 from cacherl_jax.model import qwen3
 from cacherl_jax.model.hf import from_hf
 from cacherl_jax.rollout import runner
-from cacherl_jax.rollout.engine import Engine
+from cacherl_jax.rollout.engine import Engine, Opening, Read
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import Tokenizer
 from cacherl_jax.types import Message, Task, ToolCall, ToolSpec, Transcript
@@ -49,17 +49,15 @@ def decoding(engine: Engine, model: qwen3.Qwen3, tok: Tokenizer):
     prompts = {row: tok.encode(task.words(task.PROMPT, 1000 + 100 * row)) for row in range(task.ROWS)}
 
     def decode(new: int, temperature: float) -> list[list[int]]:
-        state = engine.append(model, engine.init(), prompts, frozenset(prompts))
+        reads = [Read(row, 0, ids[:-1]) for row, ids in prompts.items()]
+        state = engine.append(model, engine.init(), engine.plan(reads, []))
+        turns = {row: Opening(len(ids) - 1, ids[-1], new, 0, np.array([row, 0], np.uint32)) for row, ids in prompts.items()}
         sampled: list[list[int]] = [[] for _ in prompts]
-        taken_B, zeros_B = np.zeros(task.ROWS, np.int32), np.zeros(task.ROWS, np.int32)
-        while taken_B[0] < new:
-            state, out = engine.decode(
-                model, state, budgets_B=new - taken_B, taken_B=taken_B, minimum_B=zeros_B,
-                keys_B2=np.arange(2 * task.ROWS, dtype=np.uint32).reshape(-1, 2), temperature=temperature,
-            )  # fmt: skip
+        while len(sampled[0]) < new:
+            state, out = engine.decode(model, state, turns, temperature)
+            read, turns = engine.read(out), {}
             for row, ids in enumerate(sampled):
-                ids += out.tokens_NB[: out.counts_B[row], row].tolist()
-            taken_B = taken_B + out.counts_B
+                ids += read.tokens_BN[row, : read.counts_B[row]].tolist()
         return sampled
 
     return decode
@@ -71,7 +69,7 @@ def playing(engine: Engine, model: qwen3.Qwen3, tok: Tokenizer):
         return sum(len(ids) for _, ids, _ in [*chat.opening(tok, messages, [SPEC]), *chat.generation_prompt(tok)])
 
     def injected(content: str) -> int:
-        pieces = [*chat.after_turn(tok), *chat.tool_results(tok, [content], task.INJECTED), *chat.generation_prompt(tok)]
+        pieces = [*chat.after_turn(tok), *chat.tool_results(tok, [content]), *chat.generation_prompt(tok)]
         return sum(len(ids) for _, ids, _ in pieces)
 
     messages = (Message("system", "Answer with the tools."), Message("user", task.padded(task.OPENING, opening)))
@@ -100,7 +98,8 @@ def main(folder: Path) -> None:
     tally = task.count_compilations()
     tok = Tokenizer.load(folder)
     model = qwen3.Qwen3(MODEL, jax.tree.map(jax.numpy.asarray, from_hf(MODEL, load_file(folder / "model.safetensors"))))
-    engine = Engine(MODEL, ROLLOUT, tok.im_end)
+    engine = Engine(MODEL, ROLLOUT, [tok.im_end])
+    model = engine.place(model)
     programs = {"decode": decoding(engine, model, tok), "group": playing(engine, model, tok)}
     task.serve(programs, tally, f"cacherl_jax, jax {jax.__version__}")
 

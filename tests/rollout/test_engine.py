@@ -14,12 +14,13 @@ import pytest
 from cacherl_jax import mesh as meshes
 from cacherl_jax.config import ConfigError, MeshConfig, ModelConfig, RolloutConfig
 from cacherl_jax.model import qwen3
+from cacherl_jax.rollout import sampling
 from cacherl_jax.rollout.engine import Engine, Opening, Read
 from cacherl_jax.rollout.sampling import sample
 
 STOPS = (5, 6)
 MODEL = ModelConfig(
-    vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=48,
+    vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=48,
     embedding_range=0.02,
 )  # fmt: skip
 CONFIG = RolloutConfig(rows=6, context=96, decode_steps=4)
@@ -82,7 +83,7 @@ def test_turns_keep_their_budget_floor_and_stop_and_both_logprobs(model):
         held_BT = np.array([ids + tokens + [0] * (CONFIG.context - 20 - len(tokens))])
         hidden_BTD = qwen3.forward(model, held_BT, np.ones_like(held_BT))
         logits_TV = np.asarray(qwen3.logits(model, hidden_BTD[0]), np.float64)[19 : 19 + len(tokens)]
-        cut_TV = np.where((np.arange(len(tokens)) < rows[row].minimum)[:, None] & np.isin(np.arange(60), STOPS), -np.inf, logits_TV)
+        cut_TV = np.where((np.arange(len(tokens)) < rows[row].minimum)[:, None] & np.isin(np.arange(64), STOPS), -np.inf, logits_TV)
         for found, scores in ((logprobs, logits_TV), (behavior, cut_TV / 2.0)):
             expected = scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
             np.testing.assert_allclose(found, expected[np.arange(len(tokens)), tokens], atol=1e-5)
@@ -107,6 +108,18 @@ def test_sampling_follows_the_distribution_and_its_cuts():
     shares([1, 0, 0, 0], temperature=0.0)
     squared = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
     shares((squared / squared.sum()).tolist(), temperature=0.5)
+
+
+def test_no_draw_takes_a_token_of_no_probability():
+    logits_BV = np.full((4000, 700), -np.inf, np.float32)
+    allowed = [3, 11, 12, 400, 690]
+    logits_BV[:, allowed] = [0.0, -15.0, 1.0, -3.0, 0.5]
+    uniform_B = np.linspace(0, np.nextafter(np.float32(1), np.float32(0)), 4000, dtype=np.float32)
+    token_B, logprob_B = sampling._inverse_cdf(jnp.asarray(logits_BV), jnp.asarray(uniform_B))
+    assert (np.diff(token_B) >= 0).all() and set(token_B.tolist()) == {3, 12, 400, 690}
+    expected = np.exp([0.0, 1.0, -3.0, 0.5]) / np.exp([0.0, -15.0, 1.0, -3.0, 0.5]).sum()
+    np.testing.assert_allclose(np.bincount(np.asarray(token_B), minlength=700)[[3, 12, 400, 690]] / 4000, expected, atol=1e-3)
+    np.testing.assert_allclose(np.exp(logprob_B[[0, -1]]), expected[[0, -1]], rtol=1e-5)
 
 
 def test_tp_must_divide_the_devices_of_a_process():
@@ -142,10 +155,12 @@ print(json.dumps([sampled, shape, placed.layers.query_DNH[...].sharding.shard_sh
     assert done.returncode == 0, done.stderr[-3000:]
     sampled, cache, query, compiled = json.loads(done.stdout)
     assert cache == [2, 6, 1, 96, 16] and query == [2, 32, 2, 16]
-    # Devices of one tp group talk, those of different rows never do; what is gathered is a number a row and device.
+    # Devices of one tp group talk, and gather a number a row and block of tokens. Those of different rows agree on one
+    # number, the steps of a dispatch.
     collectives = re.findall(r"= \(?\w+\[([\d,]*)\].* (all-\w+|collective-permute)\(.*replica_groups=(\S+),", compiled)
-    assert {groups for _, _, groups in collectives} == {"[2,2]<=[4]"}
-    assert {shape for shape, kind, _ in collectives if kind != "all-reduce"} <= {"6,2"}
+    assert {shape for shape, _, groups in collectives if groups != "[2,2]<=[4]"} == {""}
+    assert {shape for shape, kind, _ in collectives if kind != "all-reduce"} <= {"6,2", "6,64"}
+    assert "collective-permute" not in compiled
     for row, (tokens, logprobs, _) in one.items():
         assert sampled[str(row + 6)][0] == tokens
         np.testing.assert_allclose(sampled[str(row + 6)][1], logprobs, atol=1e-5)
