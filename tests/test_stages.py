@@ -14,8 +14,8 @@ import pytest
 
 from cacherl_jax import checkpoint, cli
 from cacherl_jax.cache.store import Recording, SQLiteStore
-from cacherl_jax.train import grpo
 from cacherl_jax.rollout.stream import read_stream
+from cacherl_jax.train import grpo
 from cacherl_jax.types import ToolResult
 
 SMALL = {

@@ -107,9 +107,10 @@ class Engine:
         self.rows_per_shard, self.shards = config.rows, meshes.local_row_ways(self.mesh)
         self.rows = self.rows_per_shard * self.shards
         self._total = self.rows_per_shard * meshes.row_ways(self.mesh)
-        self._model = model
         self._rows = meshes.rows_sharding(self.mesh)
         sampling = {"steps": config.decode_steps, "stop_ids": tuple(stop_ids), "top_p": config.top_p, "top_k": config.top_k}
+        layout = _layout(meshes.cache_sharding(self.mesh), self._rows)
+        self._init = jax.jit(partial(_init, model, self._total, config.context), out_shardings=layout)
         # partial: jax.jit of one function shares its programs between engines, and compilations() counts this engine's.
         self._prefill = self._program(partial(_prefill), "mci", "c", donate=1)
         self._copy = self._program(partial(_copy), "ci", "c", donate=0)
@@ -138,13 +139,7 @@ class Engine:
 
     def init(self) -> EngineState:
         """All rows empty."""
-
-        def make() -> EngineState:
-            zeros_B = jnp.zeros((self._total,), jnp.int32)
-            empty = qwen3.init_cache(self._model, self._total, self.context)
-            return EngineState(empty, zeros_B, zeros_B, zeros_B, zeros_B, zeros_B, jnp.zeros((self._total, 2), jnp.uint32))
-
-        return jax.jit(make, out_shardings=_layout(meshes.cache_sharding(self.mesh), self._rows))()
+        return self._init()
 
     def compilations(self) -> int:
         """Programs compiled so far."""
@@ -255,7 +250,13 @@ def _dispatches(queues: list[list[Read]], size: int) -> list[list[list[Read]]]:
     return out
 
 
-# ---- programs: the rows of one device --------------------------------------------------------------------------------
+# ---- programs: but for the first, of the rows of one device  ---------------------------------------------------------------------------
+
+
+def _init(config: ModelConfig, rows: int, context: int) -> EngineState:
+    zeros_B = jnp.zeros((rows,), jnp.int32)
+    cache = qwen3.init_cache(config, rows, context)
+    return EngineState(cache, zeros_B, zeros_B, zeros_B, zeros_B, zeros_B, jnp.zeros((rows, 2), jnp.uint32))
 
 
 def _prefill(model: qwen3.Qwen3, cache: qwen3.KVCache, reads_RX: jax.Array) -> qwen3.KVCache:

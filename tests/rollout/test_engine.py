@@ -119,7 +119,7 @@ def test_no_draw_takes_a_token_of_no_probability():
     assert (np.diff(token_B) >= 0).all() and set(token_B.tolist()) == {3, 12, 400, 690}
     expected = np.exp([0.0, 1.0, -3.0, 0.5]) / np.exp([0.0, -15.0, 1.0, -3.0, 0.5]).sum()
     np.testing.assert_allclose(np.bincount(np.asarray(token_B), minlength=700)[[3, 12, 400, 690]] / 4000, expected, atol=1e-3)
-    np.testing.assert_allclose(np.exp(logprob_B[[0, -1]]), expected[[0, -1]], rtol=1e-5)
+    np.testing.assert_allclose(np.exp(np.asarray(logprob_B)[[0, -1]]), expected[[0, -1]], rtol=1e-5)
 
 
 def test_tp_must_divide_the_devices_of_a_process():
