@@ -48,6 +48,16 @@ def losses(out: Path):
     return [json.loads(line) for stage in ("sft", "grpo") for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_sampler_and_trainer_agree_at_every_step(finished):
+    rows = [row for row in losses(finished) if row["stage"] == "grpo" and "loss" in row]
+    assert len(rows) == SMALL["grpo.steps"]
+    for row in rows:
+        gap = row["sampler_gap"]
+        assert 0 < gap["mean"] <= gap["max"] <= 1e-5 and set(gap["by_position"]) <= {"0-63", "64-127", "128-255"}
+        assert max(values["max"] for values in gap["by_position"].values()) == gap["max"]
+        assert row["importance"] == pytest.approx(1, abs=1e-5) and row["truncated"] == 0
+
+
 def test_summary_figure_table_and_page(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert {"cpu_seconds", "tasks", "seed", "cache", "sft", "expert_sft", "grpo", "gain", "tiers"} <= summary.keys()
@@ -127,12 +137,17 @@ def test_a_store_that_changed_after_recording_is_not_trained_on(tmp_path, capsys
 
 def test_a_run_on_eight_devices(tmp_path):
     """data 2 x fsdp 2 x tp 2, from recording to the report, on simulated devices."""
-    sets = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tp": 2, "model.num_kv_heads": 2, "sft.steps": 2, "grpo.steps": 1}
+    sets = {
+        "mesh.data": 2, "mesh.fsdp": 2, "mesh.tp": 2, "model.num_kv_heads": 2, "sft.steps": 2, "grpo.steps": 1,
+        "grpo.minibatches": 2,
+    }  # fmt: skip
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "cacherl_jax.cli", *arguments("demo", tmp_path, **sets)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["grpo"]["live_calls"] == 0
+    (row,) = (row for row in losses(tmp_path) if "sampler_gap" in row)
+    assert 0 < row["sampler_gap"]["mean"] <= row["sampler_gap"]["max"] <= 1e-4
     assert "Involuntary full rematerialization" not in done.stderr
 
 
