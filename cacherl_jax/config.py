@@ -196,6 +196,7 @@ class GrpoConfig:
     kl_coef: Rate = 0.02
     clip_low: Share = 0.2
     clip_high: Rate = 0.2
+    importance_cap: PositiveRate = 2.0  # of trainer's over sampler's probability of a token, a weight of its policy term
     minibatches: Positive = 1  # optimizer steps a batch of rollouts
     tokens_per_batch: Positive = 2048
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, adam_learning_rate=3e-4, warmup_steps=2, schedule="constant")

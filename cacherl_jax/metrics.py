@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
 import tqdm
 
 Progress = tqdm.tqdm
+
+
+class Clock:
+    """Wall seconds of the parts of a step; each lap begins where the one before ended."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name], self._since = now - self._since, now
 
 
 class ProgressFactory(Protocol):

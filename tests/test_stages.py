@@ -14,7 +14,7 @@ import pytest
 
 from cacherl_jax import checkpoint, cli
 from cacherl_jax.cache.store import Recording, SQLiteStore
-from cacherl_jax.rollout.stream import read_stream
+from cacherl_jax.rollout import stream
 from cacherl_jax.train import grpo
 from cacherl_jax.types import ToolResult
 
@@ -49,6 +49,16 @@ def losses(out: Path, *stages):
     """All metrics but the times."""
     lines = [line for stage in stages or ("sft", "grpo") for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def test_sampler_and_trainer_agree_at_every_step(finished):
+    rows = [row for row in losses(finished) if row["stage"] == "grpo" and "loss" in row]
+    assert len(rows) == SMALL["grpo.steps"]
+    for row in rows:
+        gap = row["sampler_gap"]
+        assert 0 < gap["mean"] <= gap["max"] <= 1e-5 and set(gap["by_position"]) <= {"0-63", "64-127", "128-255"}
+        assert max(values["max"] for values in gap["by_position"].values()) == gap["max"]
+        assert row["importance"] == pytest.approx(1, abs=1e-5) and row["truncated"] == 0
 
 
 def test_summary_figure_table_and_page(finished):
@@ -130,12 +140,17 @@ def test_a_store_that_changed_after_recording_is_not_trained_on(tmp_path, capsys
 
 def test_a_run_on_eight_devices(tmp_path):
     """data 2 x fsdp 2 x tp 2, from recording to the report, on simulated devices."""
-    sets = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tp": 2, "model.num_kv_heads": 2, "sft.steps": 2, "grpo.steps": 1}
+    sets = {
+        "mesh.data": 2, "mesh.fsdp": 2, "mesh.tp": 2, "model.num_kv_heads": 2, "sft.steps": 2, "grpo.steps": 1,
+        "grpo.minibatches": 2,
+    }  # fmt: skip
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "cacherl_jax.cli", *arguments("demo", tmp_path, **sets)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["grpo"]["live_calls"] == 0
+    (row,) = (row for row in losses(tmp_path) if "sampler_gap" in row)
+    assert 0 < row["sampler_gap"]["mean"] <= row["sampler_gap"]["max"] <= 1e-4
     assert "Involuntary full rematerialization" not in done.stderr
 
 
@@ -202,7 +217,7 @@ def test_killed_and_interrupted_runs_end_as_uninterrupted_ones(finished, tmp_pat
 
 
 def digests(path: Path) -> list[str]:
-    return [t.digest() for t in read_stream(path).values()]
+    return [t.digest() for t in stream.read_stream(path).values()]
 
 
 def saved(out: Path) -> list[int]:
@@ -246,6 +261,11 @@ def test_ctrl_c_anywhere_in_training_loses_nothing(finished, tmp_path, capsys, m
     writes = {"owner": orbax.AsyncCheckpointer, "name": "save", "after": True}  # a part of the manager's save
     assert stopped(**writes, presses=1) == [1]
     assert stopped(grpo.runner, "run", presses=1) == [1]
+    assert stopped(stream.TrajectoryStream, "__call__", presses=1, after=True) == [1]
+    begun = tmp_path / "grpo" / "rollouts" / "00001.streamed.jsonl"
+    kept = begun.read_text()  # its episodes are not played again
+    assert stopped(grpo, "write_rollouts", presses=1) == [1]
+    assert kept and begun.read_text().startswith(kept)
     assert stopped(grpo.steps, "accumulate", presses=2) == [1]  # between the old state and the new there is none to save
     assert stopped(orbax.CheckpointManager, "restore", presses=2) == [1]
     assert stopped(grpo.steps, "accumulate", presses=1) == [2]

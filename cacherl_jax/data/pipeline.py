@@ -17,13 +17,14 @@ from cacherl_jax.types import Batch
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sequence. tokens_T int32; mask_T bool, True where the token carries loss. The rest is used by GRPO."""
+    """One sequence. tokens_T int32; mask_T bool, True where the token carries loss. The rest is GRPO's, see Batch."""
 
     tokens_T: np.ndarray
     mask_T: np.ndarray
     advantage: float = 0.0
-    logprobs_T: np.ndarray | None = None
+    behavior_logprobs_T: np.ndarray | None = None
     ref_logprobs_T: np.ndarray | None = None
+    old_logprobs_T: np.ndarray | None = None
 
 
 def bucket_lengths(longest: int, shortest: int = 64) -> tuple[int, ...]:
@@ -53,6 +54,7 @@ def collate(rows: Sequence[Row], length: int, count: int) -> Batch:
                 out_BT[b, : len(value_T)] = value_T
         return out_BT
 
+    old = [r.old_logprobs_T for r in rows]
     advantages_B = np.zeros((count,), np.float32)
     advantages_B[: len(rows)] = [r.advantage for r in rows]
     return Batch(
@@ -60,8 +62,9 @@ def collate(rows: Sequence[Row], length: int, count: int) -> Batch:
         loss_mask_BT=padded([r.mask_T for r in rows], np.float32),
         segment_ids_BT=padded([np.ones(len(r.tokens_T)) for r in rows], np.int32),
         advantages_B=advantages_B,
-        sampler_logprobs_BT=padded([r.logprobs_T for r in rows], np.float32),
+        behavior_logprobs_BT=padded([r.behavior_logprobs_T for r in rows], np.float32),
         ref_logprobs_BT=padded([r.ref_logprobs_T for r in rows], np.float32),
+        old_logprobs_BT=None if any(old_T is None for old_T in old) else padded(old, np.float32),
     )
 
 

@@ -250,7 +250,7 @@ def _dispatches(queues: list[list[Read]], size: int) -> list[list[list[Read]]]:
     return out
 
 
-# ---- programs: but for the first, of the rows of one device  ---------------------------------------------------------------------------
+# ---- programs: but for the first, of the rows of one device ----------------------------------------------------------
 
 
 def _init(config: ModelConfig, rows: int, context: int) -> EngineState:

@@ -1,6 +1,7 @@
 """GRPO from the cache. One step: sample a group of episodes a task, tools answered by the cache; score answer and process
 and weigh the answer by how faithfully the cache answered; center the scores in each group; push sampled tokens by their
-episode's advantage, clipped, with a KL penalty to the SFT model. Live tools are unreachable throughout.
+episode's advantage, clipped, weighted where the trainer finds them less or more likely than they were when drawn, with a KL
+penalty to the SFT model. Live tools are unreachable throughout.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from cacherl_jax import checkpoint, interrupts, mesh, metrics
@@ -19,14 +22,16 @@ from cacherl_jax.config import Config
 from cacherl_jax.data.pipeline import Row, bucket_lengths, bucketed
 from cacherl_jax.model import qwen3
 from cacherl_jax.reward import answer, process, tier
-from cacherl_jax.rollout import runner
+from cacherl_jax.rollout import runner, stream
 from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.text.tokenizer import Tokenizer
 from cacherl_jax.tools import registry
-from cacherl_jax.train import advantages
+from cacherl_jax.train import advantages, agreement
 from cacherl_jax.train import step as steps
 from cacherl_jax.train.optimizer import make_optimizer
-from cacherl_jax.types import Task, ToolProvider, ToolSpec, Trajectory
+from cacherl_jax.types import Batch, Task, ToolProvider, ToolSpec, Trajectory
+
+Placed = Sequence[tuple[Batch, list[int]]]  # batches on the mesh, with the indices of their rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +119,54 @@ def train(
     update = steps.make_update(tx)
     buckets = bucket_lengths(config.rollout.context)
     engine = Engine(config.model, config.rollout, [tok.im_end], mesh.rollout_mesh(devices, config.rollout.tp))
-    gradients_of = _gradients_of(config)
+    gradients_of = partial(
+        steps.grpo_gradients, clip_low=grpo.clip_low, clip_high=grpo.clip_high, kl_coef=grpo.kl_coef,
+        importance_cap=grpo.importance_cap,
+    )  # fmt: skip
+
+    def batches_of(rows: Sequence[Row]) -> Placed:
+        batches = bucketed(rows, buckets, grpo.tokens_per_batch, mesh.row_ways(devices))
+        return [(mesh.place(batch, devices), members) for batch, members in batches]
+
+    def play(step: int, chosen: Sequence[Task], policy: qwen3.Qwen3, *, resumed: bool) -> list[Trajectory]:
+        """The episodes of a step by `policy`, as the engine holds it; `resumed`: some may have been played already."""
+        episodes = [(task, sample) for task in chosen for sample in range(grpo.group)]
+        # A task comes again in a later epoch: the step number keeps its samples apart.
+        seed = int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0])
+        path = _streamed(directory, step)
+        if not resumed:
+            path.unlink(missing_ok=True)
+        with stream.TrajectoryStream(path) as streamed:
+            finished = stream.read_stream(path).values()
+            return runner.run(
+                engine, policy, tok, specs, episodes, provider, config.rollout, seed, finished=finished, on_done=streamed
+            )
+
+    def score(model: qwen3.Qwen3, rows: Sequence[Row]) -> list[np.ndarray]:
+        batches, logprobs = batches_of(rows), []
+        for batch, _ in batches:
+            interrupts.check()
+            logprobs.append(steps.score(model, batch))
+        return _by_row(rows, batches, logprobs)
+
+    def learn(state: steps.TrainState, rows: Sequence[Row]) -> tuple[steps.TrainState, dict[str, float], list[np.ndarray]]:
+        """The updates of a step: the new state, metrics (the mean over updates), each row's logprobs by the first policy."""
+        parts: list[dict[str, float]] = []
+        trainer: list[np.ndarray] = []
+        for part in np.array_split(np.arange(len(rows)), grpo.minibatches):
+            chosen = [rows[i] for i in part]
+            batches = batches_of(chosen)
+            gradients, values, logprobs = steps.accumulate(gradients_of, state.model, [batch for batch, _ in batches])
+            state, norm = update(state, gradients)
+            parts.append({k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)})
+            olds = [row.old_logprobs_T for row in chosen]
+            trainer += [x for x in olds if x is not None] or _by_row(chosen, batches, logprobs)
+        return state, {k: float(np.mean([p[k] for p in parts])) for k in parts[0]}, trainer
+
     live_before = registry.live_call_count()
     with interrupts.held(), registry.forbid_live(), checkpoint.Checkpoints(directory / "checkpoints", keep=1) as saved:
         done, state = saved.restore(state) or (0, state)
+        began = done  # episodes that an earlier attempt streamed at a later step were played by other weights
         log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done)
         validated = {row["step"] for row in metrics.read_metrics(directory / "metrics.jsonl") if "validation" in row}
         try:
@@ -125,30 +174,34 @@ def train(
                 while True:
                     interrupts.check()
                     if (done % grpo.validate_every == 0 or done == grpo.steps) and done not in validated:
-                        log.write({"stage": "grpo", "step": done, "validation": validate(engine, state.model)})
+                        validation = validate(engine, engine.place(state.model))
+                        log.write({"stage": "grpo", "step": done, "validation": validation})
                     if done >= grpo.steps:
                         break
                     chosen = select_tasks(tasks, done, grpo.prompts, config.seed)
-                    episodes = [(task, sample) for task in chosen for sample in range(grpo.group)]
-                    # A task comes again in a later epoch: the step number keeps its samples apart.
-                    seed = int(np.random.SeedSequence((config.seed, done)).generate_state(1)[0])
-                    trajectories = runner.run(engine, state.model, tok, specs, episodes, provider, config.rollout, seed)
-                    scored = score_groups(chosen, trajectories, specs, config)
+                    clock = metrics.Clock()
+                    policy = jax.block_until_ready(engine.place(state.model))
+                    clock.lap("weights")
+                    scored = score_groups(chosen, play(done, chosen, policy, resumed=done == began), specs, config)
+                    del policy  # it may share buffers with the state, which the update donates
                     write_rollouts(directory / "rollouts" / f"{done:05d}.jsonl", scored)
-                    rows = _rows(reference, scored, buckets, config, devices)
+                    _streamed(directory, done).unlink()
+                    clock.lap("rollout")
+                    rows = _rows(scored)
+                    rows = [replace(row, ref_logprobs_T=x) for row, x in zip(rows, score(reference, rows), strict=True)]
+                    if grpo.minibatches > 1:  # with one, the update's own pass is by the policy that sampled
+                        rows = [replace(row, old_logprobs_T=x) for row, x in zip(rows, score(state.model, rows), strict=True)]
                     interrupts.check()  # from here to the next, the model, the number of steps and the metrics change
-                    values: dict[str, Any] = {}
-                    for part in np.array_split(np.arange(len(rows)), grpo.minibatches):
-                        batches = bucketed([rows[i] for i in part], buckets, grpo.tokens_per_batch, mesh.row_ways(devices))
-                        gradients, values = steps.accumulate(
-                            gradients_of, state.model, [mesh.place(batch, devices) for batch, _ in batches]
-                        )
-                        state, norm = update(state, gradients)
-                        values = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
+                    state, values, trainer = learn(state, rows)
                     done += 1
+                    gap = agreement.gaps([t.logprobs_T for t in scored.trajectories], trainer, [row.mask_T for row in rows])
+                    clock.lap("train")
                     row = {"stage": "grpo", "step": done} | rollout_metrics(scored) | values
+                    row |= {"sampler_gap": gap, "seconds": clock.seconds}
                     log.write(row)
-                    bar.set_postfix(acc=f"{row['accuracy']:.2f}", kl=f"{row['kl']:.3f}", gap=f"{row['sampler_gap']:.1e}")
+                    bar.set_postfix(
+                        acc=f"{row['accuracy']:.2f}", kl=f"{row['kl']:.3f}", gap=f"{gap['mean']:.0e}", gap_max=f"{gap['max']:.0e}"
+                    )
                     bar.update(1)
                     if done % grpo.checkpoint_every == 0 or done == grpo.steps:
                         saved.save(done, state)
@@ -158,26 +211,22 @@ def train(
     return state.model, registry.live_call_count() - live_before
 
 
-def _gradients_of(config: Config) -> Callable[..., steps.Gradients]:
-    grpo = config.grpo
-
-    def gradients_of(model: qwen3.Qwen3, batch: Any, share: Any) -> steps.Gradients:
-        return steps.grpo_gradients(model, batch, share, clip_low=grpo.clip_low, clip_high=grpo.clip_high, kl_coef=grpo.kl_coef)
-
-    return gradients_of
+def _streamed(directory: Path, step: int) -> Path:
+    """Where the episodes of a step go as they end; gone when all have."""
+    return directory / "rollouts" / f"{step:05d}.streamed.jsonl"
 
 
-def _rows(reference: qwen3.Qwen3, scored: Scored, buckets: Sequence[int], config: Config, devices: Any) -> list[Row]:
-    """Rows of a step, with the reference's logprobs filled in."""
-    rows = [
-        Row(t.tokens_T, t.sampled_T, float(a), t.logprobs_T) for t, a in zip(scored.trajectories, scored.advantage_N, strict=True)
-    ]
-    reference_logprobs: list[np.ndarray | None] = [None] * len(rows)
-    for batch, members in bucketed(rows, buckets, config.grpo.tokens_per_batch, mesh.row_ways(devices)):
-        logprobs_BT = np.asarray(steps.score(reference, mesh.place(batch, devices)))
-        for b, i in enumerate(members):
-            reference_logprobs[i] = logprobs_BT[b, : len(rows[i].tokens_T)]
-    return [Row(r.tokens_T, r.mask_T, r.advantage, r.logprobs_T, ref) for r, ref in zip(rows, reference_logprobs, strict=True)]
+def _rows(scored: Scored) -> list[Row]:
+    pairs = zip(scored.trajectories, scored.advantage_N, strict=True)
+    return [Row(t.tokens_T, t.sampled_T, float(a), behavior_logprobs_T=t.behavior_logprobs_T) for t, a in pairs]
+
+
+def _by_row(rows: Sequence[Row], batches: Placed, logprobs: Sequence[Any]) -> list[np.ndarray]:
+    """Logprobs of batches, taken apart into those of rows, without the padding."""
+    out: dict[int, np.ndarray] = {}
+    for (_, members), logprobs_BT in zip(batches, map(np.asarray, logprobs), strict=True):
+        out |= {i: logprobs_BT[b, : len(rows[i].tokens_T)] for b, i in enumerate(members)}
+    return [out[i] for i in range(len(rows))]
 
 
 def write_rollouts(path: Path, scored: Scored) -> None:

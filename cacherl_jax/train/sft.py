@@ -59,7 +59,7 @@ def train(
                 while done < config.sft.steps:
                     interrupts.check()
                     batch = mesh.place(batches.batch(done), devices)
-                    gradients, values = steps.accumulate(steps.sft_gradients, state.model, [batch])
+                    gradients, values, _ = steps.accumulate(steps.sft_gradients, state.model, [batch])
                     state, norm = update(state, gradients)
                     done += 1
                     if done % 10 == 0 or done == config.sft.steps:

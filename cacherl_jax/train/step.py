@@ -50,60 +50,70 @@ def score(model: qwen3.Qwen3, batch: Batch) -> jax.Array:
     return _logprobs(model, batch)[0]
 
 
-Gradients = tuple[Any, dict[str, jax.Array]]
+Metrics = dict[str, jax.Array]
+Gradients = tuple[Any, Metrics, jax.Array]  # of one batch: gradients, metrics, logprobs_BT by the model they were taken at
 
 
 @jax.jit
 def sft_gradients(model: qwen3.Qwen3, batch: Batch, share: jax.Array) -> Gradients:
     """Gradients and metrics of the SFT loss on one batch, both scaled by `share`, its part of the step's tokens."""
 
-    def loss_fn(model: qwen3.Qwen3) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(model: qwen3.Qwen3) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
         logprobs_BT, _ = _logprobs(model, batch)
         loss, metrics = losses.sft_loss(logprobs_BT, batch.loss_mask_BT)
-        return loss, metrics | {"loss": loss}
+        return loss, (metrics | {"loss": loss}, logprobs_BT)
 
-    return _scaled(jax.grad(loss_fn, has_aux=True)(model), share)
+    return _gradients(loss_fn, model, share)
 
 
-@partial(jax.jit, static_argnames=("clip_low", "clip_high", "kl_coef"))
+@partial(jax.jit, static_argnames=("clip_low", "clip_high", "kl_coef", "importance_cap"))
 def grpo_gradients(
-    model: qwen3.Qwen3, batch: Batch, share: jax.Array, *, clip_low: float, clip_high: float, kl_coef: float
+    model: qwen3.Qwen3,
+    batch: Batch,
+    share: jax.Array,
+    *,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    importance_cap: float,
 ) -> Gradients:
     """Gradients and metrics of the GRPO loss on one batch, scaled by `share`."""
 
-    def loss_fn(model: qwen3.Qwen3) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(model: qwen3.Qwen3) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
         logprobs_BT, entropy_BT = _logprobs(model, batch)
         loss, metrics = losses.grpo_loss(
             logprobs_BT,
-            batch.sampler_logprobs_BT,
+            batch.behavior_logprobs_BT,
             batch.ref_logprobs_BT,
             batch.loss_mask_BT,
             batch.advantages_B,
+            batch.old_logprobs_BT,
             clip_low=clip_low,
             clip_high=clip_high,
             kl_coef=kl_coef,
+            importance_cap=importance_cap,
         )
-        mask_BT = losses.predicted(batch.loss_mask_BT)
-        entropy = losses.masked_mean(entropy_BT, mask_BT)
-        gap = losses.masked_mean(jnp.abs(logprobs_BT - batch.sampler_logprobs_BT), mask_BT)
-        return loss, metrics | {"loss": loss, "entropy": entropy, "sampler_gap": gap}
+        entropy = losses.masked_mean(entropy_BT, losses.predicted(batch.loss_mask_BT))
+        return loss, (metrics | {"loss": loss, "entropy": entropy}, logprobs_BT)
 
-    return _scaled(jax.grad(loss_fn, has_aux=True)(model), share)
+    return _gradients(loss_fn, model, share)
 
 
-def _scaled(gradients: Gradients, share: jax.Array) -> Gradients:
-    return jax.tree.map(lambda x: x * share, gradients)
+def _gradients(loss_fn: Callable[..., Any], model: qwen3.Qwen3, share: jax.Array) -> Gradients:
+    gradients, (metrics, logprobs_BT) = jax.grad(loss_fn, has_aux=True)(model)
+    return *jax.tree.map(lambda x: x * share, (gradients, metrics)), logprobs_BT
 
 
 @partial(jax.jit, donate_argnums=0)
-def _add(total: Gradients, more: Gradients) -> Gradients:
+def _add(total: tuple[Any, Metrics], more: tuple[Any, Metrics]) -> tuple[Any, Metrics]:
     return jax.tree.map(jnp.add, total, more)
 
 
 def accumulate(
     gradients_of: Callable[[qwen3.Qwen3, Batch, jax.Array], Gradients], model: qwen3.Qwen3, batches: Iterable[Batch]
-) -> Gradients:
-    """The gradients and metrics of all `batches` as if they were one, weighted by loss-carrying tokens.
+) -> tuple[Any, Metrics, list[jax.Array]]:
+    """The gradients and metrics of all `batches` as if they were one, weighted by loss-carrying tokens, and the logprobs_BT
+    of each batch by `model`.
 
     Raises ValueError when no token of any batch carries loss.
     """
@@ -111,12 +121,14 @@ def accumulate(
     tokens = [float(batch.loss_mask_BT[:, 1:].sum()) for batch in batches]
     if not sum(tokens):
         raise ValueError("no token of the batch carries loss")
-    total: Gradients | None = None
+    total: tuple[Any, Metrics] | None = None
+    logprobs = []
     for batch, count in zip(batches, tokens, strict=True):
-        part = gradients_of(model, batch, jnp.float32(count / sum(tokens)))
-        total = part if total is None else _add(total, part)
+        gradients, metrics, logprobs_BT = gradients_of(model, batch, jnp.float32(count / sum(tokens)))
+        total = (gradients, metrics) if total is None else _add(total, (gradients, metrics))
+        logprobs.append(logprobs_BT)
     assert total is not None
-    return total
+    return total[0], total[1], logprobs
 
 
 def make_update(tx: optax.GradientTransformation) -> Callable[[TrainState, Any], tuple[TrainState, jax.Array]]:

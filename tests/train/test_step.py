@@ -42,13 +42,15 @@ def test_accumulated_gradients_equal_those_of_one_batch(model, kind):
     def gradients_of(m, batch, share):
         if kind == "sft":
             return steps.sft_gradients(m, batch, share)
-        return steps.grpo_gradients(m, batch, share, clip_low=0.2, clip_high=0.2, kl_coef=0.1)
+        return steps.grpo_gradients(m, batch, share, clip_low=0.2, clip_high=0.2, kl_coef=0.1, importance_cap=2.0)
 
-    whole = steps.accumulate(gradients_of, model, on_device([collate(ROWS, 128, 8)]))
+    *whole, _ = steps.accumulate(gradients_of, model, on_device([collate(ROWS, 128, 8)]))
     parts = on_device([batch for batch, _ in bucketed(ROWS, (64, 96, 128), 256, 1)])
     assert len(parts) > 3
-    split = steps.accumulate(gradients_of, model, parts)
+    *split, logprobs = steps.accumulate(gradients_of, model, parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-4), whole, split)
+    for logprobs_BT, batch in zip(logprobs, parts, strict=True):
+        np.testing.assert_allclose(logprobs_BT, steps.score(model, batch), atol=1e-5)
     with pytest.raises(ValueError, match="no token"):
         steps.accumulate(gradients_of, model, [dataclasses.replace(parts[0], loss_mask_BT=0 * parts[0].loss_mask_BT)])
 
@@ -69,7 +71,7 @@ def test_optimizers_reduce_the_loss_and_treat_matrices_as_such(model, name):
     batches = on_device([collate(ROWS, 128, 8)])
     losses = []
     for _ in range(30):
-        gradients, values = steps.accumulate(steps.sft_gradients, state.model, batches)
+        gradients, values, _ = steps.accumulate(steps.sft_gradients, state.model, batches)
         state, _ = update(state, gradients)
         losses.append(float(values["loss"]))
     assert losses[-1] < 0.7 * losses[0] and int(state.step) == 30
@@ -146,7 +148,7 @@ def test_eight_devices_equal_one_with_parameters_sharded_at_birth():
             state, update = steps.TrainState.create(model, tx), steps.make_update(tx)
             out = []
             for _ in range(3):
-                gradients, values = steps.accumulate(steps.sft_gradients, state.model, [place(batch, mesh)])
+                gradients, values, _ = steps.accumulate(steps.sft_gradients, state.model, [place(batch, mesh)])
                 state, norm = update(state, gradients)
                 out += [float(values["loss"]), float(norm)]
             return out, state.model
