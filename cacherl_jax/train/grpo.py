@@ -109,8 +109,8 @@ def train(
 ) -> tuple[qwen3.Qwen3, int]:
     """Trains from `reference` for `config.grpo.steps` steps, or goes on from the newest checkpoint in `directory`.
 
-    `validate` gives process accuracy on the validation tasks (from the cache). Returns the model and the number of live
-    tool calls made, which is 0 or the run ended in LiveToolError.
+    `validate` gives process accuracy on the validation tasks (from the cache). Ctrl-C saves before it ends the run. Returns
+    the model and the number of live tool calls made, which is 0 or the run ended in LiveToolError.
     """
     grpo = config.grpo
     tx = make_optimizer(grpo.optimizer, grpo.steps * grpo.minibatches)
