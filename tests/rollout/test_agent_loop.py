@@ -4,6 +4,7 @@ import dataclasses
 import threading
 from collections import Counter
 
+import noise
 import numpy as np
 import pytest
 
@@ -14,7 +15,6 @@ from cacherl_jax.evaluate.process_accuracy import evaluate
 from cacherl_jax.reward.process import process_reward
 from cacherl_jax.reward.tier import episode_weight
 from cacherl_jax.rollout.agent_loop import CallTools, Episode, Inject
-from cacherl_jax.rollout.fork import replay
 from cacherl_jax.rollout.tool_calls import ToolCalls, make_calls
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import train_tokenizer
@@ -29,7 +29,6 @@ TOK = train_tokenizer(
     ["Find é. I look for it. The answer is here. found nothing"] * 3, chat.template_runs(list(SPECS.values())), 420
 )
 CONFIG = RolloutConfig(context=4096, max_turns=4, max_turn_tokens=3000, max_sampled_tokens=3500, max_tool_tokens=64)
-OPENING = chat.opening(TOK, TASK.messages, [SPECS["find"]])
 THOUGHT = "I look for it.\n</think>\n\n"
 
 
@@ -286,36 +285,16 @@ def test_a_refused_call_is_no_right_call():
 
 
 def test_200_episodes_of_noise_end_by_a_named_reason(tmp_path):
-    rng = np.random.default_rng(0)
-    parts = [
-        GOOD,
-        "<tool_call>",
-        "</tool_call>",
-        "</think>",
-        "<think>",
-        "\n",
-        "{",
-        "<|im_end|>",
-        '"',
-        "word",
-        "é",
-        "<|im_start|>",
-        "[" * 2000,
-        '<tool_call>\n{"name": "\\ud800", "arguments": {}}\n</tool_call>',
-        '<tool_call>\n{"name": "find", "arguments": {"q": ' + "[" * 900 + "]" * 900 + "}}\n</tool_call>",
-    ]
-    stops = Counter()
-    for _ in range(200):
-        turns = ["".join(rng.choice(parts, rng.integers(0, 12))) + "<|im_end|>" * int(rng.integers(2)) for _ in range(12)]
-        config = dataclasses.replace(CONFIG, max_turn_tokens=int(rng.integers(8, 400)), context=int(rng.integers(150, 4096)))
-        trajectory, held, _ = play([t or "x" for t in turns], config=config)
-        check(trajectory, held)
-        again = Episode(TOK, SPECS, TASK, 0, config, OPENING)
-        assert replay(again, Echo(), trajectory, trajectory.turns) is None and again.trajectory().digest() == trajectory.digest()
-        scored = score_groups([TASK], [trajectory], SPECS, Config(grpo=GrpoConfig(group=1)))
+    """10,000 of them: experiments/faults/noise.py."""
+    stops, errors = Counter(), Counter()
+    for number in range(200):
+        task, trajectory = noise.play(0, number)
+        scored = score_groups([task], [trajectory], noise.SPECS, Config(grpo=GrpoConfig(group=1)))
         write_rollouts(tmp_path / "rollouts.jsonl", scored)
         stops[trajectory.stop] += 1
-    assert len(stops) >= 5
+        errors.update(o.result.error for o in trajectory.observations)
+    assert set(stops) == set(StopReason)
+    assert set(errors) >= {None, "malformed_call", "unknown_tool", "schema_violation", "unfinished_thinking", "timeout"}
 
 
 def test_a_call_is_executed_as_written():
