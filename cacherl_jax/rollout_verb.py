@@ -100,7 +100,7 @@ def _play(
     from cacherl_jax.rollout.engine import Engine
     from cacherl_jax.rollout.stream import TrajectoryStream, read_stream
 
-    engine = Engine(config.model, config.rollout, [tok.im_end], rollout_mesh(make_mesh(config.mesh), config.rollout.tp))
+    engine = Engine(config.model, config.rollout, tok.stop_ids, rollout_mesh(make_mesh(config.mesh), config.rollout.tp))
     path = folder / f"streamed.{jax.process_index()}.jsonl"
     finished = read_stream(path)
     bar = progress(total=len(episodes), desc="rollout", initial=len(finished))

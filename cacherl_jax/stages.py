@@ -383,7 +383,7 @@ def load_policy(run: RunDirectory, stage: str, config: Config) -> qwen3.Qwen3:
 
 def rollout_engine(config: Config, tok: Tokenizer) -> Engine:
     """An engine on the run's devices, in the layout for rollouts."""
-    return Engine(config.model, config.rollout, [tok.im_end], rollout_mesh(make_mesh(config.mesh), config.rollout.tp))
+    return Engine(config.model, config.rollout, tok.stop_ids, rollout_mesh(make_mesh(config.mesh), config.rollout.tp))
 
 
 def load_trajectories(path: Path) -> list[Trajectory]:

@@ -52,7 +52,7 @@ class StopReason(enum.StrEnum):
     TURN_CAP = "turn_cap"  # max_turns assistant turns used
     TOKEN_CAP = "token_cap"  # the episode's budget of sampled tokens used
     CONTEXT_FULL = "context_full"  # the next injection or a minimal turn would not fit
-    TURN_TRUNCATED = "turn_truncated"  # a turn hit its own cap outside a thinking block
+    TURN_TRUNCATED = "turn_truncated"  # outside its thinking block a turn ended without <|im_end|>: at its cap, by <|endoftext|>
     VOID_TURN = "void_turn"  # a turn with neither text nor call
     TOOL_FAILURE = "tool_failure"  # a session raised ToolFailure: the miss policy `fail`
 

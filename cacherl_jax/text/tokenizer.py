@@ -95,6 +95,11 @@ class Tokenizer:
         return self.id(IM_END)
 
     @property
+    def stop_ids(self) -> tuple[int, int]:
+        """What ends a sampled turn: <|im_end|>, and <|endoftext|>, as in Qwen3's generation_config."""
+        return self.im_end, self.id(END_OF_TEXT)
+
+    @property
     def vocab_size(self) -> int:
         return self._inner.get_vocab_size(with_added_tokens=True)
 

@@ -257,6 +257,15 @@ def test_every_limit_ends_an_episode_by_its_name(reason):
     assert trajectory.stop.value == reason and len(trajectory.tokens_T) <= config.context
 
 
+def test_a_turn_may_also_stop_at_the_end_of_text():
+    trajectory, held, _ = play([f"{THOUGHT}The answer is here.<|endoftext|>"])
+    check(trajectory, held)
+    assert trajectory.tokens_T[-1] == TOK.stop_ids[1] and trajectory.stop is StopReason.TURN_TRUNCATED
+    trajectory, held, _ = play(["I look for it.<|endoftext|>", ANSWER])
+    check(trajectory, held)
+    assert trajectory.observations[0].result.error == "unfinished_thinking" and trajectory.stop is StopReason.ANSWER
+
+
 def test_a_turn_cut_inside_its_thought_is_closed_for_it():
     trajectory, held, session = play(["I look " * 20, ANSWER], config=dataclasses.replace(CONFIG, max_turn_tokens=14))
     check(trajectory, held)
