@@ -4,10 +4,10 @@ import json
 import signal
 
 import pytest
+from test_stages import SMALL, cacherl
 
 from cacherl_jax import cli
 from cacherl_jax.rollout import stream
-from test_stages import SMALL, cacherl
 
 
 @pytest.fixture(scope="module")
