@@ -11,6 +11,7 @@ calls of the episode, those of the same turn included, are answered `timeout` at
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
@@ -79,13 +80,13 @@ class ToolCalls:
         return {row: self._turns.pop(row).in_order() for row in finished}
 
     def wait(self) -> None:
-        """Until at least one row is done; at once where none waits."""
-        self._wait(self._turns.values())
+        """Until at least one row is done, but a second at most, so that the caller can be interrupted."""
+        self._wait(self._turns.values(), time.monotonic() + 1.0)
 
     def answers(self, session: ToolSession, calls: Calls) -> list[Answer]:
         """The answers of one turn, waited for; no row is touched."""
         turn = self._begin(session, calls)
-        self._wait([turn])
+        self._wait([turn], math.inf)
         return turn.in_order()
 
     def close(self) -> None:
@@ -127,11 +128,11 @@ class ToolCalls:
         self._late = [(s, outcome) for s, outcome in self._late if not outcome.done()]
         return any(s is session for s, _ in self._late)
 
-    def _wait(self, turns: Collection[_Turn]) -> None:
-        while turns and not any(self._advance(turn) for turn in turns):
+    def _wait(self, turns: Collection[_Turn], until: float) -> None:
+        while turns and time.monotonic() < until and not any(self._advance(turn) for turn in turns):
             running = [pair for turn in turns for pair in turn.running.values()]
-            soonest = min(deadline for _, deadline in running) - time.monotonic()
-            futures.wait([outcome for outcome, _ in running], min(max(soonest, 0.0), 60.0), futures.FIRST_COMPLETED)
+            soonest = min(until, *(deadline for _, deadline in running)) - time.monotonic()
+            futures.wait([outcome for outcome, _ in running], max(soonest, 0.0), futures.FIRST_COMPLETED)
 
 
 def _answer(call: ToolCall, make: Callable[[], Observation]) -> Answer:
