@@ -78,7 +78,7 @@ def test_sampler_and_trainer_agree_on_every_sampled_token(model, played):
     logprobs_BT = np.asarray(steps.score(model, collate(rows, CONFIG.context, len(rows))))
     for t, scored_T in zip(played, logprobs_BT, strict=True):
         assert np.abs(scored_T[: len(t.tokens_T)] - t.logprobs_T)[t.sampled_T].max() <= 1e-5
-        np.testing.assert_array_equal(t.behavior_logprobs_T, t.logprobs_T)  # at temperature 1 without cuts
+        np.testing.assert_allclose(t.behavior_logprobs_T, t.logprobs_T, atol=1e-5)  # at temperature 1 without cuts
     assert max(len(t.tokens_T) for t in played) > 100
 
 
