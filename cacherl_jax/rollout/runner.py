@@ -89,7 +89,10 @@ def run(
     def fill() -> None:
         while waiting and rows.free:
             row, step = begin(waiting.pop())
-            finish(row) if step is None else rows.put(row, step.ids)
+            if step is None:
+                finish(row)
+            else:
+                rows.put(row, step.ids)
 
     def finish(row: Row) -> None:
         done[row.index] = row.episode.trajectory(tuple(row.seconds))
