@@ -11,6 +11,7 @@ calls of the episode, those of the same turn included, are answered `timeout` at
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
@@ -78,9 +79,9 @@ class ToolCalls:
         finished = [row for row, turn in self._turns.items() if self._advance(turn)]
         return {row: self._turns.pop(row).in_order() for row in finished}
 
-    def wait(self) -> None:
-        """Until at least one row is done; at once where none waits."""
-        self._wait(self._turns.values())
+    def wait(self, seconds: float = math.inf) -> None:
+        """Until at least one row is done, or so many seconds; at once where none waits."""
+        self._wait(self._turns.values(), seconds)
 
     def answers(self, session: ToolSession, calls: Calls) -> list[Answer]:
         """The answers of one turn, waited for; no row is touched."""
@@ -127,10 +128,11 @@ class ToolCalls:
         self._late = [(s, outcome) for s, outcome in self._late if not outcome.done()]
         return any(s is session for s, _ in self._late)
 
-    def _wait(self, turns: Collection[_Turn]) -> None:
-        while turns and not any(self._advance(turn) for turn in turns):
+    def _wait(self, turns: Collection[_Turn], seconds: float = math.inf) -> None:
+        until = time.monotonic() + seconds
+        while turns and not any(self._advance(turn) for turn in turns) and time.monotonic() < until:
             running = [pair for turn in turns for pair in turn.running.values()]
-            soonest = min(deadline for _, deadline in running) - time.monotonic()
+            soonest = min(until, *(deadline for _, deadline in running)) - time.monotonic()
             futures.wait([outcome for outcome, _ in running], min(max(soonest, 0.0), 60.0), futures.FIRST_COMPLETED)
 
 
