@@ -61,6 +61,9 @@ def rollout(args: argparse.Namespace, config: Config, progress: Any) -> dict[str
     replays = _replays(args, tasks, samples)
     with SQLiteStore(args.store, mode="r") as store:
         specs, key = described(store)
+        for task in tasks:
+            if unknown := [name for name in task.tools if name not in specs]:
+                raise ConfigError(f"--tasks {args.tasks}: task {task.id!r} lists tool {unknown[0]!r}, which {args.store} lacks")
         config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, key=key))
         tok, config, model = _policy(args, config, tasks, store)
         inputs = {
@@ -114,12 +117,15 @@ def _play(
             engine, engine.place(model), tok, specs, episodes, provider, config.rollout, config.seed,
             replays=replays, finished=finished.values(), on_done=on_done,
         )  # fmt: skip
-    with TrajectoryStream(folder / "trajectories.jsonl.partial") as whole:
+    partial = folder / "trajectories.jsonl.partial"
+    partial.unlink(missing_ok=True)  # of an attempt that was killed here
+    with TrajectoryStream(partial) as whole:
         for trajectory in trajectories:
             whole(trajectory)
-    (folder / "trajectories.jsonl.partial").replace(folder / "trajectories.jsonl")
+    partial.replace(folder / "trajectories.jsonl")
+    result = summary(trajectories) | {"compilations": engine.compilations()}
     path.unlink()
-    return summary(trajectories) | {"compilations": engine.compilations()}
+    return result
 
 
 def summary(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
@@ -171,8 +177,16 @@ def _replays(args: argparse.Namespace, tasks: Sequence[Task], samples: int) -> d
     from cacherl_jax.rollout.fork import Replay
     from cacherl_jax.rollout.stream import read_stream
 
+    if args.turns is not None and args.turns < 0:
+        raise ConfigError(f"--turns {args.turns}: expected 0 or more")
+    if not args.replay.is_file():
+        raise ConfigError(f"--replay {args.replay} does not exist")
+    try:
+        read = read_stream(args.replay)
+    except ValueError as error:
+        raise ConfigError(f"--replay: {error}") from error
     asked = {(task.id, sample) for task in tasks for sample in range(samples)}
-    stored = {episode: t for episode, t in read_stream(args.replay).items() if episode in asked}
+    stored = {episode: t for episode, t in read.items() if episode in asked}
     replays = {e: Replay(t, t.turns if args.turns is None else min(args.turns, t.turns)) for e, t in stored.items()}
     if not replays:
         raise ConfigError(f"--replay {args.replay} holds no trajectory of these tasks")

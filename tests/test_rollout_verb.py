@@ -6,7 +6,7 @@ import signal
 import pytest
 from test_stages import SMALL, cacherl
 
-from cacherl_jax import cli
+from cacherl_jax import cli, rollout_verb
 from cacherl_jax.rollout import stream
 
 
@@ -81,14 +81,36 @@ def test_stored_episodes_go_on_from_a_turn(rollout, tmp_path):
     assert "no entry 00" in rollout(tmp_path / "without", "--without", "00", status=1)
 
 
-def test_what_cannot_be_played_is_refused_with_its_name(rollout, recorded, tmp_path, capsys):
-    broken = tmp_path / "tasks.jsonl"
-    broken.write_text('{"id": "t"}\n')
-    arguments = ["rollout", "--out", str(tmp_path / "o"), "--store", str(recorded / "training.sqlite")]
-    assert cacherl(capsys, *arguments, "--tasks", str(broken))[::2] == (
-        2, f"cacherl: --tasks {broken}:1 is no task: KeyError('family')\n",
-    )  # fmt: skip
-    assert "--samples 0: expected 1 or more" in rollout(tmp_path / "o", "--samples", "0", status=2)
-    assert "--turns" in rollout(tmp_path / "o", "--turns", "1", status=2)
-    assert "tokenizer.vocab_size" in rollout(tmp_path / "o", status=2, **{"tokenizer.vocab_size": 300})
-    assert not (tmp_path / "o").exists()
+def test_a_run_stopped_before_its_result_plays_nothing_again(rollout, tmp_path, monkeypatch):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "rollouts"
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout_verb, "summary", stopped)
+        rollout(tmp_path, status=130)
+    whole = (folder / "trajectories.jsonl").read_text()
+    (folder / "trajectories.jsonl.partial").write_text("".join(whole.splitlines(keepends=True)[:2]))  # as a kill leaves it
+    result = rollout(tmp_path)
+    assert result["episodes"] == 4 and result["compilations"] == 0
+    assert (folder / "trajectories.jsonl").read_text() == whole
+    assert sorted(path.name for path in folder.iterdir()) == ["done.json", "settings.json", "trajectories.jsonl"]
+
+
+def test_wrong_input_is_refused_before_a_folder_is_made(rollout, recorded, tmp_path):
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text((recorded / "tasks.train.jsonl").read_text().replace('"get_order"', '"teleport"'))
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{}\n")
+    for args, message in (
+        (["--tasks", str(odd)], "lists tool 'teleport', which"),
+        (["--tasks", str(broken)], "broken.jsonl:1 is no task: KeyError('id')"),
+        (["--replay", str(tmp_path / "absent.jsonl")], "absent.jsonl does not exist"),
+        (["--replay", str(broken)], "broken.jsonl:1 is no trajectory"),
+        (["--replay", str(broken), "--turns", "-1"], "--turns -1: expected 0 or more"),
+        (["--turns", "1"], "no file was given"),
+        (["--samples", "0"], "--samples 0: expected 1 or more"),
+        (["--set", "tokenizer.vocab_size=300"], "tokenizer.vocab_size"),
+    ):
+        assert message in rollout(tmp_path / "out", *args, status=2)
+        assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from cacherl_jax.text import chat
 from cacherl_jax.text.chat import Piece
 from cacherl_jax.text.tokenizer import Tokenizer
 from cacherl_jax.types import Task, ToolProvider, ToolSpec, Trajectory
+
+
+POLL = 0.1  # seconds at most that the host waits for tools before it looks again for Ctrl-C and for other processes
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,11 @@ def run(
     A turn's draws depend on (seed, task id, sample, turn) alone: rows, order and company change nothing. `model` lies as
     `engine.place` puts it. `finished` are not played again; `replays` begin as stored trajectories did. Under several
     processes all call this with the same episodes, each plays its share, and all get all trajectories; `finished`,
-    `on_done` and `on_dispatch` concern its own. Raises ValueError before anything is sampled when a task lists a tool that
-    `specs` lacks.
+    `on_done` and `on_dispatch` concern its own. Raises ValueError before anything is sampled when an episode is asked for
+    twice, or a task lists a tool that `specs` lacks.
     """
     openings = _openings(tok, specs, [task for task, _ in episodes])
+    _refuse_repeated(episodes)
     own = [episodes[i] for i in lockstep.mine(len(episodes))]
     index_of = {(task.id, sample): i for i, (task, sample) in enumerate(own)}
     done = {index_of[t.task_id, t.sample]: t for t in finished if (t.task_id, t.sample) in index_of}
@@ -163,9 +168,16 @@ def run(
             if flying is not None:
                 take_tokens(*flying)
             elif launched is None:
-                calls.wait()
+                calls.wait(POLL)
             flying = launched
     return lockstep.gather([done[i] for i in range(len(own))])
+
+
+def _refuse_repeated(episodes: Sequence[tuple[Task, int]]) -> None:
+    names = Counter((task.id, sample) for task, sample in episodes)
+    for (task, sample), times in names.items():
+        if times > 1:
+            raise ValueError(f"sample {sample} of task {task} is asked for {times} times: its draws would be the same")
 
 
 def _openings(tok: Tokenizer, specs: Mapping[str, ToolSpec], tasks: Sequence[Task]) -> dict[str, list[Piece]]:

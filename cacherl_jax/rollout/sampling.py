@@ -41,7 +41,7 @@ def sample(
     if top_p < 1.0:
         sorted_BV = -jnp.sort(-scaled_BV, axis=-1)
         mass_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1)
-        last_B = jnp.sum(mass_BV < top_p, axis=-1)  # index of the token that completes the mass
+        last_B = jnp.sum(mass_BV[:, :-1] < top_p, axis=-1)  # index of the token that completes the mass; at most the last
         threshold_B = jnp.take_along_axis(sorted_BV, last_B[:, None], axis=-1)
         scaled_BV = jnp.where(scaled_BV >= threshold_B, scaled_BV, -jnp.inf)
 

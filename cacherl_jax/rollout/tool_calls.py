@@ -79,14 +79,14 @@ class ToolCalls:
         finished = [row for row, turn in self._turns.items() if self._advance(turn)]
         return {row: self._turns.pop(row).in_order() for row in finished}
 
-    def wait(self) -> None:
-        """Until at least one row is done, but a second at most, so that the caller can be interrupted."""
-        self._wait(self._turns.values(), time.monotonic() + 1.0)
+    def wait(self, seconds: float = math.inf) -> None:
+        """Until at least one row is done, or so many seconds; at once where none waits."""
+        self._wait(self._turns.values(), seconds)
 
     def answers(self, session: ToolSession, calls: Calls) -> list[Answer]:
         """The answers of one turn, waited for; no row is touched."""
         turn = self._begin(session, calls)
-        self._wait([turn], math.inf)
+        self._wait([turn])
         return turn.in_order()
 
     def close(self) -> None:
@@ -128,11 +128,12 @@ class ToolCalls:
         self._late = [(s, outcome) for s, outcome in self._late if not outcome.done()]
         return any(s is session for s, _ in self._late)
 
-    def _wait(self, turns: Collection[_Turn], until: float) -> None:
-        while turns and time.monotonic() < until and not any(self._advance(turn) for turn in turns):
+    def _wait(self, turns: Collection[_Turn], seconds: float = math.inf) -> None:
+        until = time.monotonic() + seconds
+        while turns and not any(self._advance(turn) for turn in turns) and time.monotonic() < until:
             running = [pair for turn in turns for pair in turn.running.values()]
             soonest = min(until, *(deadline for _, deadline in running)) - time.monotonic()
-            futures.wait([outcome for outcome, _ in running], max(soonest, 0.0), futures.FIRST_COMPLETED)
+            futures.wait([outcome for outcome, _ in running], min(max(soonest, 0.0), 60.0), futures.FIRST_COMPLETED)
 
 
 def _answer(call: ToolCall, make: Callable[[], Observation]) -> Answer:

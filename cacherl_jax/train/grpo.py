@@ -95,6 +95,17 @@ def select_tasks(tasks: Sequence[Task], step: int, count: int, seed: int) -> lis
     return chosen
 
 
+def episodes_of(tasks: Sequence[Task], group: int) -> list[tuple[Task, int]]:
+    """`group` episodes a task, one task after the other. A task that comes twice, at the turn of an epoch, gets further
+    samples: an episode is named by task and sample, and its draws follow from them."""
+    begun: Counter[str] = Counter()
+    episodes = []
+    for task in tasks:
+        episodes += [(task, begun[task.id] + i) for i in range(group)]
+        begun[task.id] += group
+    return episodes
+
+
 def train(
     config: Config,
     reference: qwen3.Qwen3,
@@ -130,7 +141,6 @@ def train(
 
     def play(step: int, chosen: Sequence[Task], policy: qwen3.Qwen3, *, resumed: bool) -> list[Trajectory]:
         """The episodes of a step by `policy`, as the engine holds it; `resumed`: some may have been played already."""
-        episodes = [(task, sample) for task in chosen for sample in range(grpo.group)]
         # A task comes again in a later epoch: the step number keeps its samples apart.
         seed = int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0])
         path = _streamed(directory, step)
@@ -139,8 +149,9 @@ def train(
         with stream.TrajectoryStream(path) as streamed:
             finished = stream.read_stream(path).values()
             return runner.run(
-                engine, policy, tok, specs, episodes, provider, config.rollout, seed, finished=finished, on_done=streamed
-            )
+                engine, policy, tok, specs, episodes_of(chosen, grpo.group), provider, config.rollout, seed,
+                finished=finished, on_done=streamed,
+            )  # fmt: skip
 
     def score(model: qwen3.Qwen3, rows: Sequence[Row]) -> list[np.ndarray]:
         batches, logprobs = batches_of(rows), []

@@ -1,6 +1,7 @@
 """The runner: the same tokens in any company, at any pace of tools, after any interruption; rows kept busy; few programs."""
 
 import dataclasses
+import itertools
 import threading
 import time
 from unittest import mock
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from cacherl_jax import interrupts
 from cacherl_jax.config import ModelConfig, RolloutConfig
 from cacherl_jax.data.pipeline import Row, collate
 from cacherl_jax.model import qwen3
@@ -104,6 +106,11 @@ def test_a_task_with_an_unknown_tool_is_refused_before_any_sampling(engine, mode
         play(engine, model, [(TASKS[1], 0), (task, 0)])
 
 
+def test_an_episode_asked_for_twice_is_refused(engine, model):
+    with pytest.raises(ValueError, match="sample 0 of task train-00001 is asked for 2 times"):
+        play(engine, model, [(TASKS[0], 0), (TASKS[1], 0), (TASKS[1], 0)])
+
+
 def test_a_group_reads_its_prompt_once(engine, model, monkeypatch):
     read = []
     plan = engine.plan
@@ -143,7 +150,7 @@ class Slow:
 
     def __init__(self, seed, longest, stuck=frozenset()):
         self._rng, self._longest, self._stuck = np.random.default_rng(seed), longest, stuck
-        self.never = threading.Event()
+        self.never, self.asked, self.answered = threading.Event(), threading.Event(), threading.Event()
 
     def start(self, task, sample):
         self._task = task
@@ -151,7 +158,9 @@ class Slow:
 
         class Session:
             def execute(_, call, index):
+                self.asked.set()
                 self.never.wait(30.0) if stuck else time.sleep(draw())
+                self.answered.set()
                 return Observation(call, ToolResult(f"{task.id}/{sample}/{index}"), Tier.EXACT, Kind.RECORDED)
 
         return Session()
@@ -197,6 +206,16 @@ def test_a_tool_that_never_answers_is_a_typed_error(calling):
     (trajectory,) = calling(provider, [(ASKING[0], 0)], config=config)
     provider.never.set()
     assert {o.result.error for o in trajectory.observations} == {"timeout"} and trajectory.stop is not StopReason.TOOL_FAILURE
+
+
+def test_ctrl_c_does_not_wait_for_a_tool(calling, monkeypatch):
+    provider = Slow(0, 0.0, stuck={"ask-0"})
+    looks = itertools.count()
+    monkeypatch.setattr(interrupts, "pending", lambda: provider.asked.is_set() and next(looks) > 5)  # when nothing else is left
+    with pytest.raises(interrupts.Interrupted):
+        calling(provider, [(ASKING[0], 0)])
+    assert not provider.answered.is_set()
+    provider.never.set()
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------
