@@ -149,6 +149,10 @@ sys.path.insert(0, {os.path.dirname(__file__)!r})
 import test_engine as t
 from cacherl_jax import mesh as meshes
 mesh = meshes.rollout_mesh(meshes.make_mesh(t.MeshConfig(fsdp=2, tp=2)), 0)
+make = jax.make_mesh  # as on a torus, where it takes devices in an order of its own
+jax.make_mesh = lambda *args, devices, **kwargs: make(*args, devices=devices[::-1], **kwargs)
+assert meshes.rollout_mesh(mesh, 0).devices.ravel().tolist() == jax.devices()
+jax.make_mesh = make
 engine, ids = t.Engine(t.MODEL, t.CONFIG, t.STOPS, mesh), t.random_ids(30)
 assert (engine.rows, engine.shards) == (12, 2), engine.rows
 model = t.qwen3.init(t.MODEL, jax.random.key(0), meshes.make_mesh(t.MeshConfig(fsdp=2, tp=2)))
