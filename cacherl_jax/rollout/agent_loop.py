@@ -32,6 +32,7 @@ from cacherl_jax.types import (
     Trajectory,
 )
 
+
 @dataclass(frozen=True)
 class Inject:
     """Ids to be read into the row; then a turn is sampled."""

@@ -29,7 +29,6 @@ from cacherl_jax.text.chat import Piece
 from cacherl_jax.text.tokenizer import Tokenizer
 from cacherl_jax.types import Task, ToolProvider, ToolSpec, Trajectory
 
-
 POLL = 0.1  # seconds at most that the host waits for tools before it looks again for Ctrl-C and for other processes
 
 

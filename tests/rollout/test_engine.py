@@ -113,9 +113,7 @@ def test_sampling_follows_the_distribution_and_its_cuts():
 def test_a_mass_that_rounding_never_reaches_keeps_all_tokens():
     top_p = float(np.nextafter(np.float32(1), np.float32(0)))
     keys_B2 = jnp.asarray(np.arange(16, dtype=np.uint32).reshape(8, 2))
-    token_B, logprob_B = sample(
-        jnp.zeros((8, 151_936)), keys_B2, jnp.zeros(8, jnp.int32), jnp.float32(1), top_p=top_p, top_k=0
-    )
+    token_B, logprob_B = sample(jnp.zeros((8, 151_936)), keys_B2, jnp.zeros(8, jnp.int32), jnp.float32(1), top_p=top_p, top_k=0)
     assert len(set(token_B.tolist())) == 8
     np.testing.assert_allclose(logprob_B, -np.log(151_936), rtol=1e-5)
 
