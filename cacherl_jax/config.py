@@ -158,6 +158,9 @@ class SftConfig:
     checkpoint_every: Positive = 200
 
 
+MIN_TURN = 8  # tokens that must fit for a turn to be worth opening
+
+
 @dataclass(frozen=True)
 class RolloutConfig:
     """The agent loop and its engine (rooms: rollout/)."""
@@ -178,6 +181,10 @@ class RolloutConfig:
     top_k: Count = 0  # 0: off
 
     def __post_init__(self) -> None:
+        _require(
+            self.max_sampled_tokens >= MIN_TURN,
+            f"rollout.max_sampled_tokens={self.max_sampled_tokens} opens no turn at all: one needs room for {MIN_TURN} tokens",
+        )
         for turn, tokens in enumerate(self.min_tokens):
             _require(
                 tokens < self.max_turn_tokens,

@@ -66,7 +66,9 @@ def rollout_mesh(mesh: Mesh, tp: int) -> Mesh:
     own = len(devices) // jax.process_count()
     if own % tp:
         raise ConfigError(f"rollout.tp={tp} does not divide the {own} devices of a process")
-    return make_mesh(MeshConfig(data=len(devices) // tp, tp=tp), sorted(devices, key=lambda d: (d.process_index, d.id)))
+    # Not by jax.make_mesh: where links matter it orders devices anew, and those of one tp group may lie on two hosts.
+    by_host = sorted(devices, key=lambda d: (d.process_index, d.id))
+    return Mesh(np.array(by_host).reshape(-1, 1, tp), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def row_ways(mesh: Mesh) -> int:

@@ -283,7 +283,8 @@ def extend(
     S = cache.k_LBKSH.shape[3]
     steps_T = jnp.arange(T, dtype=jnp.int32)[None]
     positions_BT = starts_B[:, None] + steps_T
-    read_BT = jnp.minimum(positions_BT, (starts_B + counts_B - 1)[:, None])  # idle rows and padding read no further
+    last_B = jnp.where(counts_B > 0, starts_B + counts_B - 1, 0)
+    read_BT = jnp.minimum(positions_BT, last_B[:, None])  # padding reads no further, and idle rows make nobody read far
     slots_BT = jnp.where(steps_T < counts_B[:, None], positions_BT, S)  # S is out of range: not written
     rows_B1 = (jnp.arange(B, dtype=jnp.int32) if rows_B is None else rows_B)[:, None]
     angles = rope_angles(positions_BT, c)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cacherl_jax.config import RolloutConfig
+from cacherl_jax.config import MIN_TURN, RolloutConfig
 from cacherl_jax.text import chat
 from cacherl_jax.text.chat import MalformedCall, ParsedTurn, Piece
 from cacherl_jax.text.tokenizer import Tokenizer
@@ -31,8 +31,6 @@ from cacherl_jax.types import (
     ToolSpec,
     Trajectory,
 )
-
-MIN_TURN = 8  # tokens that must fit for another turn to be worth opening
 
 
 @dataclass(frozen=True)

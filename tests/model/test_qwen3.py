@@ -175,6 +175,17 @@ def test_rows_that_wait_keep_their_cache(model):
     assert np.abs(after.k_LBKSH[:, 1, :, 4:6]).min() > 0 and not np.any(after.k_LBKSH[:, 1, :, 6:])
 
 
+def test_an_idle_row_makes_no_other_read_as_far_as_it(model):
+    """What lies beyond the tokens of a row is not even read where the rows that hold more stand still."""
+    cache = qwen3.init_cache(ODD, 2, 600)
+    _, cache = qwen3.extend(model, cache, tokens_of((2, 4)), jnp.array([0, 0]), jnp.array([4, 4]))
+    k_LBKSH, v_LBKSH = (x.at[:, :, :, 300:].set(jnp.nan) for x in cache)
+    next_B1, starts_B, counts_B = tokens_of((2, 1), 1), jnp.array([500, 4]), jnp.array([0, 1])
+    expected_BTD, _ = qwen3.extend(model, cache, next_B1, starts_B, counts_B)
+    hidden_BTD, _ = qwen3.extend(model, qwen3.KVCache(k_LBKSH, v_LBKSH), next_B1, starts_B, counts_B)
+    np.testing.assert_array_equal(hidden_BTD[1], expected_BTD[1])
+
+
 def test_packed_segments_equal_separate_rows(model):
     a_1T, b_1T = tokens_of((1, 7), 2), tokens_of((1, 5), 3)
     packed_BT = jnp.concatenate([a_1T, b_1T, jnp.zeros((1, 4), jnp.int32)], axis=1)

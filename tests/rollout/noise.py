@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from cacherl_jax.config import RolloutConfig
-from cacherl_jax.rollout.agent_loop import MIN_TURN, CallTools, Episode
+from cacherl_jax.config import MIN_TURN, RolloutConfig
+from cacherl_jax.rollout.agent_loop import CallTools, Episode
 from cacherl_jax.rollout.fork import replay
 from cacherl_jax.rollout.tool_calls import ToolCalls, make_calls
 from cacherl_jax.text import chat

@@ -113,9 +113,7 @@ def test_sampling_follows_the_distribution_and_its_cuts():
 def test_a_mass_that_rounding_never_reaches_keeps_all_tokens():
     top_p = float(np.nextafter(np.float32(1), np.float32(0)))
     keys_B2 = jnp.asarray(np.arange(16, dtype=np.uint32).reshape(8, 2))
-    token_B, logprob_B = sample(
-        jnp.zeros((8, 151_936)), keys_B2, jnp.zeros(8, jnp.int32), jnp.float32(1), top_p=top_p, top_k=0
-    )
+    token_B, logprob_B = sample(jnp.zeros((8, 151_936)), keys_B2, jnp.zeros(8, jnp.int32), jnp.float32(1), top_p=top_p, top_k=0)
     assert len(set(token_B.tolist())) == 8
     np.testing.assert_allclose(logprob_B, -np.log(151_936), rtol=1e-5)
 
@@ -149,6 +147,10 @@ sys.path.insert(0, {os.path.dirname(__file__)!r})
 import test_engine as t
 from cacherl_jax import mesh as meshes
 mesh = meshes.rollout_mesh(meshes.make_mesh(t.MeshConfig(fsdp=2, tp=2)), 0)
+make = jax.make_mesh  # as on a torus, where it takes devices in an order of its own
+jax.make_mesh = lambda *args, devices, **kwargs: make(*args, devices=devices[::-1], **kwargs)
+assert meshes.rollout_mesh(mesh, 0).devices.ravel().tolist() == jax.devices()
+jax.make_mesh = make
 engine, ids = t.Engine(t.MODEL, t.CONFIG, t.STOPS, mesh), t.random_ids(30)
 assert (engine.rows, engine.shards) == (12, 2), engine.rows
 model = t.qwen3.init(t.MODEL, jax.random.key(0), meshes.make_mesh(t.MeshConfig(fsdp=2, tp=2)))
