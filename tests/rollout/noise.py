@@ -142,7 +142,7 @@ def play(seed, number):
     config = RolloutConfig(
         context=rng.choice([rng.randint(100, 600), 1024, 4096, 8192]),
         max_turns=rng.choice([1, 2, 3, 5, 8]),
-        max_turn_tokens=rng.choice([rng.randint(8, 60), 200, 3000, 3000]),
+        max_turn_tokens=rng.choice([rng.randint(8, 60), 200, 3000, 6000]),
         max_sampled_tokens=rng.choice([rng.randint(8, 200), 1000, 6000]),
         max_tool_tokens=rng.choice([1, 2, 20, 128]),
         tool_timeout=0.05,
