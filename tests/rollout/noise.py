@@ -139,11 +139,12 @@ class Tools:
 def play(seed, number):
     """(task, trajectory) of one episode. Raises AssertionError, naming seed and number, where anything does not hold."""
     rng = random.Random(f"{seed}/{number}")
+    roomy = rng.random() < 0.3  # for long turns
     config = RolloutConfig(
-        context=rng.choice([rng.randint(100, 600), 1024, 4096, 8192]),
+        context=8192 if roomy else rng.choice([rng.randint(100, 600), 1024, 4096]),
         max_turns=rng.choice([1, 2, 3, 5, 8]),
-        max_turn_tokens=rng.choice([rng.randint(8, 60), 200, 3000, 3000]),
-        max_sampled_tokens=rng.choice([rng.randint(8, 200), 1000, 6000]),
+        max_turn_tokens=6000 if roomy else rng.choice([rng.randint(8, 60), 200, 3000]),
+        max_sampled_tokens=7000 if roomy else rng.choice([rng.randint(8, 200), 1000, 6000]),
         max_tool_tokens=rng.choice([1, 2, 20, 128]),
         tool_timeout=0.05,
     )
