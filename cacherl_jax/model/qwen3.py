@@ -275,31 +275,52 @@ def extend(
 
     rows_B names the cache row of each b, all different; by default they are the cache's rows in order. Rows with count 0
     keep their cache. Returns hidden states after the final norm, [B, T, D] (meaningless beyond a row's count), and the
-    cache. T = 1 decodes, larger T prefills. The caller keeps starts + counts <= S; what lies beyond is dropped. The cache
-    rides in the scan's carry, so that XLA updates it in place.
+    cache. T = 1 decodes, larger T prefills. The caller keeps starts + counts <= S; what lies beyond is dropped. Layers read
+    the cache as it was and their new slots are written behind them all, so that XLA updates a donated cache in place: as a
+    carry of the layers' scan, TPUs copied it (21.8 GiB of temporaries beside a cache of 9 GiB, now 0.4).
     """
     c = model.config
     B, T = tokens_BT.shape
     S = cache.k_LBKSH.shape[3]
     steps_T = jnp.arange(T, dtype=jnp.int32)[None]
     positions_BT = starts_B[:, None] + steps_T
-    last_B = jnp.where(counts_B > 0, starts_B + counts_B - 1, 0)
-    read_BT = jnp.minimum(positions_BT, last_B[:, None])  # padding reads no further, and idle rows make nobody read far
-    slots_BT = jnp.where(steps_T < counts_B[:, None], positions_BT, S)  # S is out of range: not written
-    rows_B1 = (jnp.arange(B, dtype=jnp.int32) if rows_B is None else rows_B)[:, None]
+    read_B = jnp.where(counts_B > 0, starts_B, 0)  # a row that stands still makes no other read as far as it
     angles = rope_angles(positions_BT, c)
     x_BTD = jnp.take(model.embed_VD[...], tokens_BT, axis=0)
 
-    def block(carry: Any, xs: Any) -> tuple[Any, None]:
-        x_BTD, k_LBKSH, v_LBKSH = carry
+    def block(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
         layer, index = xs
         q_BTNH, k_BTKH, v_BTKH = _qkv(layer, x_BTD, angles, c)
-        k_LBKSH = k_LBKSH.at[index, rows_B1, :, slots_BT].set(k_BTKH, mode="drop")
-        v_LBKSH = v_LBKSH.at[index, rows_B1, :, slots_BT].set(v_BTKH, mode="drop")
-        o_BTNH = attend_cache(q_BTNH, k_LBKSH, v_LBKSH, index, read_BT, rows_B)
-        x_BTD = _finish(layer, x_BTD, o_BTNH, c)
-        return (x_BTD, k_LBKSH, v_LBKSH), None
+        o_BTNH = attend_cache(q_BTNH, k_BTKH, v_BTKH, cache.k_LBKSH, cache.v_LBKSH, index, read_B, rows_B)
+        return _finish(layer, x_BTD, o_BTNH, c), (k_BTKH, v_BTKH)
 
     layers = (model.layers, jnp.arange(c.num_layers, dtype=jnp.int32))
-    (x_BTD, k_LBKSH, v_LBKSH), _ = jax.lax.scan(block, (x_BTD, cache.k_LBKSH, cache.v_LBKSH), layers)
-    return rms_norm(x_BTD, model.final_norm_D[...], c.rms_norm_eps), KVCache(k_LBKSH, v_LBKSH)
+    x_BTD, (k_LBTKH, v_LBTKH) = jax.lax.scan(block, x_BTD, layers)
+    new = KVCache(k_LBTKH.transpose(0, 1, 3, 2, 4), v_LBTKH.transpose(0, 1, 3, 2, 4))
+    cache = _write(cache, new, starts_B, counts_B, jnp.arange(B, dtype=jnp.int32) if rows_B is None else rows_B)
+    return rms_norm(x_BTD, model.final_norm_D[...], c.rms_norm_eps), cache
+
+
+def _write(cache: KVCache, new: KVCache, starts_B: jax.Array, counts_B: jax.Array, rows_B: jax.Array) -> KVCache:
+    """Row b's first counts_b of the new slots [L, B, K, T, H] into the cache from starts_b on.
+
+    A row at a time, all layers at once, as slices: a scatter would have TPUs lay out the whole cache for it, and back.
+    """
+    S, T = cache.k_LBKSH.shape[3], min(new.k_LBKSH.shape[3], cache.k_LBKSH.shape[3])
+
+    def one(b: jax.Array, cache: KVCache) -> KVCache:
+        start = jnp.minimum(starts_B[b], S - T)
+        shift = starts_B[b] - start  # the slice ends with the cache
+        steps_T = jnp.arange(T, dtype=jnp.int32) - shift
+        keep_111T1 = ((steps_T >= 0) & (steps_T < counts_B[b])).reshape(1, 1, 1, T, 1)
+
+        def put(x_LBKSH: jax.Array, new_LBKTH: jax.Array) -> jax.Array:
+            new_L1KTH = jax.lax.dynamic_slice_in_dim(new_LBKTH, b, 1, axis=1)[:, :, :, :T]
+            new_L1KTH = jnp.roll(new_L1KTH, shift, axis=3)
+            at = (0, rows_B[b], 0, start, 0)
+            old_L1KTH = jax.lax.dynamic_slice(x_LBKSH, at, new_L1KTH.shape)
+            return jax.lax.dynamic_update_slice(x_LBKSH, jnp.where(keep_111T1, new_L1KTH, old_L1KTH), at)
+
+        return jax.tree.map(put, cache, new)
+
+    return jax.lax.fori_loop(0, rows_B.shape[0], one, cache)
