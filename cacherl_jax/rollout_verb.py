@@ -156,7 +156,8 @@ def _tasks(path: Path) -> list[Task]:
     from cacherl_jax.types import Task
 
     tasks: dict[str, Task] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    lines = path.read_text().removesuffix("\n").split("\n")  # not splitlines(): texts may hold other ends of lines
+    for number, line in enumerate(lines, 1):
         try:
             task = Task.from_json(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:

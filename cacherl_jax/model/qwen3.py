@@ -281,7 +281,6 @@ def extend(
     """
     c = model.config
     B, T = tokens_BT.shape
-    S = cache.k_LBKSH.shape[3]
     steps_T = jnp.arange(T, dtype=jnp.int32)[None]
     positions_BT = starts_B[:, None] + steps_T
     read_B = jnp.where(counts_B > 0, starts_B, 0)  # a row that stands still makes no other read as far as it
