@@ -1,7 +1,7 @@
 """Are rollouts the same every time? `cacherl rollout` under changed circumstances, and the hashes that it prints.
 
 Command:  python experiments/rollouts/determinism.py --out runs/rollouts
-Cost:     about 12 CPU-minutes on two cores, a tenth of them to make a policy; finished parts are kept in --out
+Cost:     about 15 CPU-minutes on two cores; what is finished is kept in --out
 Expect:   one hash under all circumstances on one device; results in determinism.json beside this file
 
 The policy is cloned from the expert of the embedded tool world (configs/demo.py, shorter), so that its turns call tools; a store
@@ -39,6 +39,13 @@ CONFIG = HERE.parents[1] / "configs" / "demo.py"
 SHORT = ["data.train_tasks=1000", 'data.demonstrators=["expert"]', "sft.steps=250", "tokenizer.vocab_size=1000"]
 TASKS, SAMPLES, ROWS = 24, 4, 32
 HASHES = ("trajectories_sha256", "tokens_sha256")
+# For the gap to the trainer at positions beyond the demo's: turns of 400 tokens at least.
+LONG = [
+    "rollout.context=2048",
+    "rollout.min_tokens=[400,400,400]",
+    "rollout.max_turn_tokens=600",
+    "rollout.max_sampled_tokens=1800",
+]
 # Compiled rows a device, of as many devices; (data, tp) of the mesh, processes.
 LAYOUTS = {
     "1 device": (32, 1, 1, 1),
@@ -76,6 +83,7 @@ class Rollouts:
         lines = (self.policy / "record" / "tasks.validation.jsonl").read_text().splitlines()[:TASKS]
         self.tasks = out / "tasks.jsonl"
         self.tasks.write_text("\n".join(lines) + "\n")
+        (out / "tasks.few.jsonl").write_text("\n".join(lines[:8]) + "\n")
         for seed in range(3):
             shuffled = random.Random(seed).sample(lines, len(lines))
             (out / f"tasks.shuffled.{seed}.jsonl").write_text("\n".join(shuffled) + "\n")
@@ -89,6 +97,9 @@ class Rollouts:
 
     def run(self, name: str, before: Sequence[str] = (), devices: int = 1, anew: bool = False, **options: Any) -> dict[str, Any]:
         """What the command prints. A run that is done is not run again."""
+        kept = self.out / name / "rollouts" / "done.json"
+        if kept.is_file():
+            return json.loads(kept.read_text())
         command = [sys.executable, str(HERE / "play.py"), *before, *self.command(name, **options)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment(devices, anew=anew))
         if done.returncode:
@@ -134,7 +145,7 @@ class Rollouts:
             )
             for i in range(count)
         ]  # fmt: skip
-        printed = [json.loads(child.communicate()[0]) for child in children]
+        printed = [json.loads(child.communicate()[0].splitlines()[-1]) for child in children]  # jax's transport prints too
         if any(found != printed[0] for found in printed):
             raise RuntimeError(f"{name}: the processes printed different results")
         print(name, printed[0]["trajectories_sha256"][:16], flush=True)
@@ -181,8 +192,8 @@ def compared(base: Mapping[tuple[str, int], Any], other: Mapping[tuple[str, int]
     return {"episodes_with_other_tokens": len(base) - len(same), "largest_logprob_difference": max(gaps)}
 
 
-def trainer_gap(runs: Rollouts, name: str) -> dict[str, Any]:
-    """|sampler's logprob - trainer's| over every sampled token, by its position in the episode."""
+def trainer_gap(runs: Rollouts, name: str, width: int) -> dict[str, Any]:
+    """|sampler's logprob - trainer's| over every sampled token, by its position in the episode in steps of `width`."""
     config = Config.from_json(json.loads((runs.out / name / "run.json").read_text())["config"])
     policy = runs.policy / "sft" / "checkpoints"
     model = restore_model(policy, qwen3.init(config.model, jax.random.key(config.seed)))
@@ -195,12 +206,12 @@ def trainer_gap(runs: Rollouts, name: str) -> dict[str, Any]:
         for t, scored_T in zip(batch, scored_BT, strict=True):
             for n in np.flatnonzero(t.sampled_T):
                 gap = abs(float(scored_T[n]) - float(t.logprobs_T[n]))
-                by_position.setdefault(int(n) // 64, []).append(gap)
+                by_position.setdefault(int(n) // width, []).append(gap)
     gaps = sorted(gap for part in by_position.values() for gap in part)
     found = {"tokens": len(gaps), "mean": float(np.mean(gaps)), "largest": gaps[-1]}
     return found | {
         "by_position": {
-            f"{64 * part} to {64 * part + 63}": {"tokens": len(g), "mean": float(np.mean(g)), "largest": max(g)}
+            f"{width * part} to {width * (part + 1) - 1}": {"tokens": len(g), "mean": float(np.mean(g)), "largest": max(g)}
             for part, g in sorted(by_position.items())
         }
     }
@@ -214,6 +225,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     runs = Rollouts(args.out.resolve())
     results = on_one_device(runs, args.repetitions)
+    runs.run("long", tasks=runs.out / "tasks.few.jsonl", more=[part for setting in LONG for part in ("--set", setting)])
     first = results["repeated"][0]
     circumstances = {
         name: {"runs": len(found)}
@@ -227,7 +239,8 @@ def main() -> None:
         "hashes_in_all": {key: len({f[key] for found in results.values() for f in found}) for key in HASHES},
         "circumstances": circumstances,
         "layouts": on_layouts(runs),
-        "trainer_gap": trainer_gap(runs, "repeat-0"),
+        "trainer_gap": trainer_gap(runs, "repeat-0", 64),
+        "trainer_gap_long_turns": trainer_gap(runs, "long", 256),
     }
     print(json.dumps(result, indent=1))
     (HERE / "determinism.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -23,11 +23,11 @@ class Paced:
         self._inner, self._longest, self._rng = inner, longest, random.Random(seed)
 
     def start(self, task: Task, sample: int) -> ToolSession:
-        inner = self._inner.start(task, sample)
+        inner, longest, rng = self._inner.start(task, sample), self._longest, self._rng
 
         class Session:
-            def execute(_, call: ToolCall, index: int) -> Observation:
-                time.sleep(self._rng.uniform(0, self._longest))
+            def execute(self, call: ToolCall, index: int) -> Observation:
+                time.sleep(rng.uniform(0, longest))
                 return inner.execute(call, index)
 
         return Session()
