@@ -87,22 +87,17 @@ def _to_hf(folder: Path, target: Path, dtype: str | None, progress: ProgressFact
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     places = hf.places(config)
     shapes = {name: place.shape for name, place in places.items()}
-    names = {(place.weight, place.layer): name for name, place in places.items()}
-    mesh = model_folder.conversion_mesh(config.hidden_size)
-    with _replacing(target) as new, progress(total=len(shapes), desc="convert") as bar:
+    read = model_folder.reader(folder, config)
+    with _replacing(target) as new, progress(total=len(places), desc="convert") as bar:
         with hf_files.Writer(new, shapes, config.dtype) as files:
-            for weight, array in model_folder.stacks(folder, config, mesh):
-                if (weight, None) in names:
-                    files.write(names[weight, None], np.asarray(array))
-                    bar.update(1)
-                    continue
-                for i in range(config.num_layers):
-                    files.write(names[weight, i], hf.layer_to_hf(weight, np.asarray(array[i])))
-                    bar.update(1)
+            # Weight by weight, as they are stored; the files are filled in any order.
+            for name, (weight, layer, _) in sorted(places.items(), key=lambda item: item[1].weight):
+                tensor = read(weight, layer)
+                files.write(name, tensor if layer is None else hf.layer_to_hf(weight, tensor))
+                bar.update(1)
         tokenizer = model_folder.tokenizer_folder(folder)
         carried = _carry(tokenizer, new)
-        text = _config_text(config, tokenizer)
-        (new / "config.json").write_bytes(text)
+        (new / "config.json").write_bytes(_config_text(config, tokenizer))
     return _summary(config, shapes, sorted({*carried, "config.json"}))
 
 

@@ -12,18 +12,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts  # comes with orbax-checkpoint, a core dependency
 
 from cacherl_jax import mesh as meshes
 from cacherl_jax.config import Config, ConfigError, ModelConfig
 from cacherl_jax.model import qwen3
 
-CHUNK_BYTES = 64 * 2**20  # of a file on disk: what a device reads to get its part, and what is compressed at once
+# On disk: what is compressed at once, and after how much a file is closed. Both are held in memory while they are written.
+CHUNK_BYTES, FILE_BYTES = 8 * 2**20, 32 * 2**20
 
 
 def write(folder: Path, model: qwen3.Qwen3) -> None:
@@ -31,9 +34,11 @@ def write(folder: Path, model: qwen3.Qwen3) -> None:
     tree = {"model": qwen3.to_dict(model)}
     room = 1 + max(x.nbytes for x in jax.tree.leaves(tree))  # orbax wants more than the largest
     handler = ocp.PyTreeCheckpointHandler(handler_impl=ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=room))
-    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    chunks: Any = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    by_layer = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,))  # so that a layer can be read alone
+    chunks["model"]["layers"] = jax.tree.map(lambda _: by_layer, tree["model"]["layers"])
     with ocp.CheckpointManager((folder / "checkpoints").resolve(), item_handlers=handler) as manager:
-        manager.save(0, args=ocp.args.PyTreeSave(tree, save_args=chunks))
+        manager.save(0, args=ocp.args.PyTreeSave(tree, save_args=chunks, ocdbt_target_data_file_size=FILE_BYTES))
         manager.wait_until_finished()
     (folder / "model.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=1) + "\n")
 
@@ -62,27 +67,46 @@ def model_config(folder: Path) -> ModelConfig:
     return Config.from_json({"model": data}).model
 
 
-def stacks(folder: Path, config: ModelConfig, mesh: jax.sharding.Mesh) -> Iterator[tuple[str, jax.Array]]:
-    """Every weight of the newest checkpoint by its name, layers stacked, one after the other: the caller lets go of each.
+def reader(folder: Path, config: ModelConfig) -> Callable[[str, int | None], np.ndarray]:
+    """read(weight, layer), from the newest checkpoint in config.dtype; layer None is the whole weight.
 
-    Raises ConfigError naming a weight that is missing, surplus or misshapen, before the first.
+    A layer is read alone, where orbax would bring the stack: what is held beside it are the stored chunks that it lies in.
+    Raises ConfigError naming a weight that is missing, surplus or misshapen.
     """
     table = qwen3.table(config)
-    weights = {name: w for name, w in table.items() if name != "layers"} | table["layers"]
+    expected = {name: w.shape for name, w in (table | table["layers"]).items() if name != "layers"}
     saved = _saved_shapes(folder)
-    for name in sorted(saved.keys() | weights.keys()):
-        expected = weights[name].shape if name in weights else None
-        if saved.get(name) != expected:
-            raise ConfigError(f"weight {name!r} of {folder} has shape {saved.get(name)}, expected {expected}")
+    for name in sorted(saved.keys() | expected.keys()):
+        if saved.get(name) != expected.get(name):
+            raise ConfigError(f"weight {name!r} of {folder} has shape {saved.get(name)}, expected {expected.get(name)}")
+    opened: dict[str, ts.TensorStore] = {}
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        if name not in opened:
+            opened.clear()  # and with it the chunks of the one before
+            opened[name] = _opened(folder, f"layers.{name}" if name in table["layers"] else name)
+        stored = opened[name] if layer is None else opened[name][layer]
+        return stored.read().result().astype(config.dtype, copy=False)
+
+    return read
+
+
+def _opened(folder: Path, path: str) -> ts.TensorStore:
+    """An array of the newest checkpoint, which orbax stores as zarr in an OCDBT database."""
+    store = {"driver": "ocdbt", "base": f"file://{_newest(folder) / 'default'}/", "path": f"model.{path}/"}
+    plain = ts.open({"driver": "auto", "kvstore": store}, read=True).result()
+    chunk = plain.chunk_layout.read_chunk.shape
+    if not chunk or chunk[0] == 1:
+        return plain
+    # A stage's chunk is a device's whole stack: decoded once, not for each layer.
+    room = plain.dtype.numpy_dtype.itemsize * chunk[0] * math.prod(plain.shape[1:])
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 2 * room}})
+    return ts.open({"driver": "auto", "kvstore": store}, read=True, context=context, recheck_cached_data=False).result()
+
+
+def _newest(folder: Path) -> Path:
     with ocp.CheckpointManager((folder / "checkpoints").resolve()) as manager:
-        for name, weight in weights.items():
-            sharding = meshes.parameter_sharding(mesh, weight.shape, weight.axes, name)
-            like = jax.ShapeDtypeStruct(weight.shape, jnp.dtype(config.dtype), sharding=sharding)
-            tree = {"model": {"layers": {name: like}} if name in table["layers"] else {name: like}}
-            arguments = ocp.args.PyTreeRestore(
-                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
-            )
-            yield name, jax.tree.leaves(manager.restore(manager.latest_step(), args=arguments))[0]
+        return Path(manager.directory) / str(manager.latest_step())
 
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

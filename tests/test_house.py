@@ -185,7 +185,8 @@ def distributions(requirements: list[str]) -> set[str]:
 def modules(requirements: list[str]) -> set[str]:
     """Top-level modules of the required distributions, and those that come with them by their own declaration."""
     named = {{"orbax-checkpoint": "orbax"}.get(name, name.replace("-", "_")) for name in distributions(requirements)}
-    return named | ({"safetensors", "huggingface_hub"} if "transformers" in named else set())
+    come_with = {"transformers": {"safetensors", "huggingface_hub"}, "orbax": {"tensorstore"}}
+    return named.union(*(come_with.get(name, set()) for name in named))
 
 
 def test_the_core_stays_within_the_owners_list_and_the_additions(declared):
