@@ -103,15 +103,15 @@ def _to_hf(folder: Path, target: Path, dtype: str | None, progress: ProgressFact
 
 def _config_text(config: ModelConfig, tokenizer: Path) -> bytes:
     """config.json as it came, if it still says what the model is; else with what changed."""
-    from cacherl_jax.model.hf_config import from_hf_config, to_hf_config
+    from cacherl_jax.model.hf_config import to_hf_config
     from cacherl_jax.text.tokenizer import END_OF_TEXT, Tokenizer
 
     path = tokenizer / "config.json"
     if path.is_file():
-        fields = _fields(path)
-        if from_hf_config(fields) == config:
+        came = _fields(path)
+        fields = to_hf_config(config, came)
+        if fields == came:
             return path.read_bytes()
-        fields = to_hf_config(config, fields)
     else:
         tok = Tokenizer.load(tokenizer)
         fields = to_hf_config(config) | {"eos_token_id": tok.im_end, "pad_token_id": tok.id(END_OF_TEXT)}
@@ -124,9 +124,9 @@ def _without_tied_head(config: ModelConfig, found: dict[str, Stored]) -> dict[st
 
     if not config.tie_word_embeddings or hf.HEAD not in found or hf.EMBEDDING not in found:
         return found
-    same = found[hf.HEAD].shape == found[hf.EMBEDDING].shape
-    for start in range(0, found[hf.HEAD].shape[0] if same else 0, 8192):
-        rows = (slice(start, start + 8192),)
+    same, V = found[hf.HEAD].shape == found[hf.EMBEDDING].shape, found[hf.HEAD].shape[0]
+    for start in range(0, V if same else 0, 8192):
+        rows = (slice(start, min(start + 8192, V)),)
         head, embedding = (hf_files.read(found[name], name, rows) for name in (hf.HEAD, hf.EMBEDDING))
         same = same and np.array_equal(head, embedding)
     if not same:

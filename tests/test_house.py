@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model_folder": FIRST | {"mesh", "model"},
     "run_directory": FIRST,
     "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory"},
-    "rollout_verb": THIRD | {"rollout", "checkpoint", "run_directory", "interrupts"},
+    "rollout_verb": THIRD | {"rollout", "checkpoint", "model_folder", "run_directory", "interrupts"},
     "convert_verb": FIRST | {"metrics", "text", "model", "model_folder"},
     "cache_verbs": THIRD | {"evaluate"},
     "cache_cli": {"cache_verbs"},

@@ -103,7 +103,7 @@ def load(config: ModelConfig, read: Read, mesh: Mesh, on_tensor: Callable[[], An
         def block(index: tuple[slice, ...]) -> np.ndarray:
             bounds = tuple(s.indices(n)[:2] for s, n in zip(index, weight.shape, strict=True))
             if bounds not in blocks:
-                blocks[bounds] = np.ascontiguousarray(_read_ours(read, name, theirs, weight.shape, bounds), dtype)
+                blocks[bounds] = _read_ours(read, name, theirs, weight.shape, bounds).astype(dtype, copy=False)
             return blocks[bounds]
 
         made = jax.make_array_from_callback(weight.shape, sharding(name, weight), block)
@@ -125,7 +125,8 @@ def load(config: ModelConfig, read: Read, mesh: Mesh, on_tensor: Callable[[], An
         put = jax.jit(_put_layer, donate_argnums=0, out_shardings=whole)
         for i in range(config.num_layers):
             stack = put(stack, array(name, _name(name, i), weight), i)
-        layers[name] = stack.block_until_ready()
+            stack.block_until_ready()  # the layer is let go of before the next is read
+        layers[name] = stack
     return qwen3.from_dict(config, tree | {"layers": layers})
 
 
