@@ -68,7 +68,7 @@ def model_config(folder: Path) -> ModelConfig:
 
 
 def reader(folder: Path, config: ModelConfig) -> Callable[[str, int | None], np.ndarray]:
-    """read(weight, layer), from the newest checkpoint in config.dtype; layer None is the whole weight.
+    """read(weight, layer), from the newest checkpoint as it is stored; layer None is the whole weight.
 
     A layer is read alone, where orbax would bring the stack: what is held beside it are the stored chunks that it lies in.
     Raises ConfigError naming a weight that is missing, surplus or misshapen.
@@ -86,7 +86,7 @@ def reader(folder: Path, config: ModelConfig) -> Callable[[str, int | None], np.
             opened.clear()  # and with it the chunks of the one before
             opened[name] = _opened(folder, f"layers.{name}" if name in table["layers"] else name)
         stored = opened[name] if layer is None else opened[name][layer]
-        return stored.read().result().astype(config.dtype, copy=False)
+        return stored.read().result()
 
     return read
 
@@ -96,7 +96,7 @@ def _opened(folder: Path, path: str) -> ts.TensorStore:
     store = {"driver": "ocdbt", "base": f"file://{_newest(folder) / 'default'}/", "path": f"model.{path}/"}
     plain = ts.open({"driver": "auto", "kvstore": store}, read=True).result()
     chunk = plain.chunk_layout.read_chunk.shape
-    if not chunk or chunk[0] == 1:
+    if not chunk or chunk[0] in (None, 1):
         return plain
     # A stage's chunk is a device's whole stack: decoded once, not for each layer.
     room = plain.dtype.numpy_dtype.itemsize * chunk[0] * math.prod(plain.shape[1:])

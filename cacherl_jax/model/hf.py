@@ -100,7 +100,8 @@ def load(config: ModelConfig, read: Read, mesh: Mesh, on_tensor: Callable[[], An
     def array(name: str, theirs: str, weight: Weight) -> jax.Array:
         blocks: dict[Any, np.ndarray] = {}  # devices that hold the same part share one reading of it
 
-        def block(index: tuple[slice, ...]) -> np.ndarray:
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # jax's own type allows it
             bounds = tuple(s.indices(n)[:2] for s, n in zip(index, weight.shape, strict=True))
             if bounds not in blocks:
                 blocks[bounds] = _read_ours(read, name, theirs, weight.shape, bounds).astype(dtype, copy=False)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from test_qwen3 import GOLDEN, ODD, tokens_of, weights_of
 
 from cacherl_jax.config import ConfigError, ModelConfig
@@ -129,8 +130,6 @@ def test_weights_from_files_give_the_logits_that_transformers_gave(tmp_path, tie
 
 
 def test_the_writer_writes_what_safetensors_reads(tmp_path):
-    from safetensors.numpy import load_file
-
     tensors = {name: w.astype(jnp.bfloat16) for name, w in weights_of(ODD).items()}
     with hf_files.Writer(tmp_path, {n: w.shape for n, w in tensors.items()}, "bfloat16", max_shard_bytes=20_000) as writer:
         for name in sorted(tensors, reverse=True):  # in any order
@@ -139,6 +138,8 @@ def test_the_writer_writes_what_safetensors_reads(tmp_path):
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert index["metadata"]["total_size"] == sum(w.nbytes for w in tensors.values()) and len(shards) > 3
     for shard in shards:
+        with safe_open(shard, "np") as file:
+            assert file.metadata() == {"format": "pt"}  # transformers before 5 refuses a file without
         for name, w in load_file(shard).items():
             assert index["weight_map"][name] == shard.name
             np.testing.assert_array_equal(w.view(np.uint16), tensors.pop(name).view(np.uint16))
