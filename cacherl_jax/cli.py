@@ -1,4 +1,5 @@
-"""The `cacherl` command: one verb a stage, `demo` for all of them, `rollout` for episodes alone, `cache` for stores."""
+"""The `cacherl` command: one verb a stage, `demo` for all of them, `rollout` for episodes alone, `convert` for weights,
+`cache` for stores."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cacherl_jax import rollout_verb
+from cacherl_jax import convert_verb, rollout_verb
 from cacherl_jax.cache_cli import add_verbs
 from cacherl_jax.config import Config, ConfigError, load_config, with_overrides
 
@@ -68,6 +69,11 @@ def _parser() -> argparse.ArgumentParser:
         if name == "rollout":
             rollout_verb.add_arguments(verb)
             verb.set_defaults(verb=_rollout)
+    text = "weights from Hugging Face's files to a folder to start from, or back"
+    verb = verbs.add_parser("convert", help=text, description=text)
+    verb.add_argument("--json", action="store_true", help="one JSON object on standard output, no progress bar")
+    verb.set_defaults(verb=_convert)
+    convert_verb.add_arguments(verb)
     add_verbs(verbs.add_parser("cache", help="stores of recorded calls: fill, fit, inspect, publish"))
     return parser
 
@@ -103,6 +109,12 @@ def _rollout(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax import metrics
 
     return rollout_verb.rollout(args, config, metrics.progress_factory(enabled=not args.json))
+
+
+def _convert(args: argparse.Namespace) -> dict[str, Any]:
+    from cacherl_jax import metrics
+
+    return convert_verb.convert(args, metrics.progress_factory(enabled=not args.json))
 
 
 WIDE = 60  # characters of a table's cell

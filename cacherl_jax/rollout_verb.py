@@ -5,8 +5,8 @@
     OUT/rollouts/trajectories.jsonl      all of them, in the order of the tasks
     OUT/rollouts/done.json               the result
 
-Weights and tokenizer are a finished stage's, or random ones made from the seed with a tokenizer trained on the tasks and
-the store: enough to try a configuration, its speed and its reproducibility.
+Weights and tokenizer are a finished stage's, those of a folder made by `cacherl convert`, or random ones made from the seed
+with a tokenizer trained on the tasks and the store: enough to try a configuration, its speed and its reproducibility.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PARTS = ("inputs", "seed", "model", "mesh", "cache", "tokenizer") + tuple(
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--store", type=Path, required=True, help="the store that answers, an SQLite file")
     verb.add_argument("--tasks", type=Path, required=True, help="tasks as JSON Lines, such as a run's record/tasks.train.jsonl")
-    verb.add_argument("--policy", type=Path, help="a finished stage, such as runs/demo/grpo; without it: random weights")
+    verb.add_argument("--policy", type=Path, help="a finished stage, or a converted folder; without it: random weights")
     verb.add_argument("--samples", type=int, default=1, help="episodes a task (default 1)")
     verb.add_argument("--slots", type=int, help="rows in use, of all devices; short for --set rollout.slots=N")
     verb.add_argument("--replay", type=Path, metavar="FILE", help="trajectories to begin as; --turns of them, or all")
@@ -212,18 +212,22 @@ def _policy(
 ) -> tuple[Tokenizer, Config, qwen3.Qwen3]:
     import jax
 
+    from cacherl_jax import model_folder
     from cacherl_jax.checkpoint import restore_model
     from cacherl_jax.mesh import make_mesh
     from cacherl_jax.model import qwen3
     from cacherl_jax.text.tokenizer import Tokenizer
 
     if args.policy is not None:
-        tok = Tokenizer.load(args.policy.parent / "think" / "tokenizer")
+        tok = Tokenizer.load(model_folder.tokenizer_folder(args.policy))
     elif config.tokenizer.path:
         tok = Tokenizer.load(Path(config.tokenizer.path))
     else:
         tok = _trained_tokenizer(config, tasks, store)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tok.vocab_size))
+    if args.policy is not None and model_folder.is_converted(args.policy):
+        config = dataclasses.replace(config, model=model_folder.model_config(args.policy))
+    else:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tok.vocab_size))
     model = qwen3.init(config.model, jax.random.key(config.seed), make_mesh(config.mesh))
     return tok, config, model if args.policy is None else restore_model(args.policy / "checkpoints", model)
 

@@ -56,12 +56,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train.step": FIRST | {"mesh", "model", "train.losses"},
     "checkpoint": FIRST | {"mesh", "model", "train.step"},
     "train": THIRD | {"rollout", "reward", "evaluate", "checkpoint"},
+    "model_folder": FIRST | {"mesh", "model"},
     "run_directory": FIRST,
     "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory"},
-    "rollout_verb": THIRD | {"rollout", "checkpoint", "run_directory", "interrupts"},
+    "rollout_verb": THIRD | {"rollout", "checkpoint", "model_folder", "run_directory", "interrupts"},
+    "convert_verb": FIRST | {"metrics", "text", "model", "model_folder"},
     "cache_verbs": THIRD | {"evaluate"},
     "cache_cli": {"cache_verbs"},
-    "cli": THIRD | {"run_directory", "stages", "rollout_verb", "cache_cli"},
+    "cli": THIRD | {"run_directory", "stages", "rollout_verb", "convert_verb", "cache_cli"},
     "": {"versions"},  # cacherl_jax/__init__.py
 }
 # Rooms for a host without an accelerator's libraries.
@@ -181,8 +183,10 @@ def distributions(requirements: list[str]) -> set[str]:
 
 
 def modules(requirements: list[str]) -> set[str]:
-    """Top-level modules of the required distributions."""
-    return {{"orbax-checkpoint": "orbax"}.get(name, name.replace("-", "_")) for name in distributions(requirements)}
+    """Top-level modules of the required distributions, and those that come with them by their own declaration."""
+    named = {{"orbax-checkpoint": "orbax"}.get(name, name.replace("-", "_")) for name in distributions(requirements)}
+    come_with = {"transformers": {"safetensors", "huggingface_hub"}, "orbax": {"tensorstore"}}
+    return named.union(*(come_with.get(name, set()) for name in named))
 
 
 def test_the_core_stays_within_the_owners_list_and_the_additions(declared):
@@ -211,7 +215,7 @@ def test_an_absent_package_is_asked_for_by_an_extra_that_brings_it(declared):
                 assert module.split(".")[0] in extras.get(extra, ()), f"{path.relative_to(ROOT)}: {extra!r} brings no {module}"
 
 
-HEAVY = sorted([*JAX, "transformers", "tokenizers", "tensorflow", "tensorflow_datasets", "torch", "matplotlib"])
+HEAVY = sorted([*JAX, "transformers", "tokenizers", "tensorflow", "tensorflow_datasets", "torch", "matplotlib", "safetensors"])
 
 
 @pytest.mark.parametrize(

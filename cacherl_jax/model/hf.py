@@ -5,13 +5,19 @@ Their linear weights are [out, in]; ours are [in, heads, head] or [in, out]. Lay
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
+from cacherl_jax import mesh as meshes
 from cacherl_jax.config import ModelConfig
-from cacherl_jax.model.qwen3 import layer_table
+from cacherl_jax.model import qwen3
+from cacherl_jax.model.qwen3 import Weight, layer_table
 
 # ours -> theirs, within a layer. All matrices are transposed between the two.
 LAYER_NAMES: dict[str, str] = {
@@ -32,6 +38,29 @@ TOP_NAMES: dict[str, str] = {
     "final_norm_D": "model.norm.weight",
     "unembed_VD": "lm_head.weight",
 }
+EMBEDDING, HEAD = TOP_NAMES["embed_VD"], TOP_NAMES["unembed_VD"]
+
+# Reads a part of one of their tensors, given its name and a slice of each axis.
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+
+
+class Place(NamedTuple):
+    """Where one of their tensors belongs in our tree: the weight's name and, of a stack, the layer."""
+
+    weight: str
+    layer: int | None
+    shape: tuple[int, ...]  # theirs
+
+
+def places(config: ModelConfig) -> dict[str, Place]:
+    """Every tensor of a checkpoint by its name there, from the embedding up."""
+    V, D = config.vocab_size, config.hidden_size
+    found = {EMBEDDING: Place("embed_VD", None, (V, D))}
+    for i in range(config.num_layers):
+        for ours, weight in layer_table(config).items():
+            found[_name(ours, i)] = Place(ours, i, _their_shape(ours, weight.shape))
+    found[TOP_NAMES["final_norm_D"]] = Place("final_norm_D", None, (D,))
+    return found if config.tie_word_embeddings else found | {HEAD: Place("unembed_VD", None, (V, D))}
 
 
 def from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -41,7 +70,7 @@ def from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str,
     }
     layers = {}
     for ours, weight in layer_table(config).items():
-        stacked = [tensors[f"model.layers.{i}.{LAYER_NAMES[ours]}.weight"] for i in range(config.num_layers)]
+        stacked = [tensors[_name(ours, i)] for i in range(config.num_layers)]
         layers[ours] = np.stack([w.T.reshape(weight.shape) for w in stacked])
     return tree | {"layers": layers}
 
@@ -50,13 +79,91 @@ def to_hf(config: ModelConfig, tree: Mapping[str, Any]) -> dict[str, np.ndarray]
     """The state dict of numpy arrays from our nested dict."""
     tensors = {TOP_NAMES[ours]: np.asarray(value) for ours, value in tree.items() if ours != "layers"}
     for ours, stacked in tree["layers"].items():
-        outputs = _outputs(ours, layer_table(config)[ours].shape)
         for i, w in enumerate(np.asarray(stacked)):
-            theirs = w if w.ndim == 1 else w.reshape(-1, outputs).T
-            tensors[f"model.layers.{i}.{LAYER_NAMES[ours]}.weight"] = np.ascontiguousarray(theirs)
+            tensors[_name(ours, i)] = layer_to_hf(ours, w)
     return tensors
 
 
-def _outputs(name: str, shape: tuple[int, ...]) -> int:
-    """Size of a matrix's output side: heads x head for projections into heads, else the last axis."""
-    return shape[-1] * (shape[-2] if name in ("query_DNH", "key_DKH", "value_DKH") else 1)
+def layer_to_hf(name: str, w: np.ndarray) -> np.ndarray:
+    """Their tensor from one layer of our weight `name`."""
+    return np.ascontiguousarray(w.reshape(_their_shape(name, w.shape)[::-1]).T)
+
+
+def load(config: ModelConfig, read: Read, mesh: Mesh, on_tensor: Callable[[], Any] = lambda: None) -> qwen3.Qwen3:
+    """The model on `mesh` in config.dtype, every shard filled from the parts of their tensors that it holds.
+
+    The host holds one tensor at a time, and of it what this process's devices need: stacks are filled where they lie, layer
+    by layer. Raises ConfigError when a weight does not divide over the mesh.
+    """
+    dtype = jnp.dtype(config.dtype)
+
+    def array(name: str, theirs: str, weight: Weight) -> jax.Array:
+        blocks: dict[Any, np.ndarray] = {}  # devices that hold the same part share one reading of it
+
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # jax's own type allows it
+            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, weight.shape, strict=True))
+            if bounds not in blocks:
+                blocks[bounds] = _read_ours(read, name, theirs, weight.shape, bounds).astype(dtype, copy=False)
+            return blocks[bounds]
+
+        made = jax.make_array_from_callback(weight.shape, sharding(name, weight), block)
+        made.block_until_ready()
+        on_tensor()
+        return made
+
+    def sharding(name: str, weight: Weight) -> NamedSharding:
+        return meshes.parameter_sharding(mesh, weight.shape, weight.axes, name)
+
+    table = qwen3.table(config)
+    for name, weight in table["layers"].items():
+        sharding(name, weight)  # refused before anything is read
+    tree = {name: array(name, TOP_NAMES[name], weight) for name, weight in table.items() if name != "layers"}
+    layers = {}
+    for name, weight in layer_table(config).items():
+        whole = sharding(name, table["layers"][name])
+        stack = jax.jit(lambda shape=table["layers"][name].shape: jnp.zeros(shape, dtype), out_shardings=whole)()
+        put = jax.jit(_put_layer, donate_argnums=0, out_shardings=whole)
+        for i in range(config.num_layers):
+            stack = put(stack, array(name, _name(name, i), weight), i)
+            stack.block_until_ready()  # the layer is let go of before the next is read
+        layers[name] = stack
+    return qwen3.from_dict(config, tree | {"layers": layers})
+
+
+def _put_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+
+
+def _read_ours(read: Read, name: str, theirs: str, shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """The part of our weight within `bounds`, from the part of their tensor that holds it."""
+    if name in TOP_NAMES or len(shape) == 1:
+        return read(theirs, tuple(slice(*b) for b in bounds))
+    split = len(shape) - _output_axes(name)
+    inputs, outputs = (_flat_bounds(name, shape[part], bounds[part]) for part in (slice(0, split), slice(split, None)))
+    return read(theirs, (slice(*outputs), slice(*inputs))).T.reshape([stop - start for start, stop in bounds])
+
+
+def _flat_bounds(name: str, shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """Bounds of axes that are one axis there. Only the first of them may be cut, or the part would have holes."""
+    rest = math.prod(shape[1:])
+    if any(b != (0, n) for b, n in zip(bounds[1:], shape[1:], strict=True)):
+        raise ValueError(f"{name}: a mesh that splits an axis inside a head cannot be loaded")
+    return bounds[0][0] * rest, bounds[0][1] * rest
+
+
+def _name(ours: str, layer: int) -> str:
+    return f"model.layers.{layer}.{LAYER_NAMES[ours]}.weight"
+
+
+def _their_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[out, in] of a layer's matrix; a scale stays as it is."""
+    if len(shape) == 1:
+        return shape
+    split = len(shape) - _output_axes(name)
+    return math.prod(shape[split:]), math.prod(shape[:split])
+
+
+def _output_axes(name: str) -> int:
+    """How many last axes are a matrix's output side: heads and head for projections into heads."""
+    return 2 if name in ("query_DNH", "key_DKH", "value_DKH") else 1
