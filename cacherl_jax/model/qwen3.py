@@ -275,30 +275,50 @@ def extend(
 
     rows_B names the cache row of each b, all different; by default they are the cache's rows in order. Rows with count 0
     keep their cache. Returns hidden states after the final norm, [B, T, D] (meaningless beyond a row's count), and the
-    cache. T = 1 decodes, larger T prefills. The caller keeps starts + counts <= S; what lies beyond is dropped. The cache
-    rides in the scan's carry, so that XLA updates it in place.
+    cache. T = 1 decodes, larger T prefills. The caller keeps starts + counts <= S. Layers only read the cache; what they
+    add is written behind the last one, in place where the caller donates the cache.
     """
     c = model.config
     B, T = tokens_BT.shape
-    S = cache.k_LBKSH.shape[3]
     steps_T = jnp.arange(T, dtype=jnp.int32)[None]
     positions_BT = starts_B[:, None] + steps_T
-    read_BT = jnp.minimum(positions_BT, (starts_B + counts_B - 1)[:, None])  # idle rows and padding read no further
-    slots_BT = jnp.where(steps_T < counts_B[:, None], positions_BT, S)  # S is out of range: not written
-    rows_B1 = (jnp.arange(B, dtype=jnp.int32) if rows_B is None else rows_B)[:, None]
     angles = rope_angles(positions_BT, c)
     x_BTD = jnp.take(model.embed_VD[...], tokens_BT, axis=0)
 
-    def block(carry: Any, xs: Any) -> tuple[Any, None]:
-        x_BTD, k_LBKSH, v_LBKSH = carry
+    def block(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
         layer, index = xs
         q_BTNH, k_BTKH, v_BTKH = _qkv(layer, x_BTD, angles, c)
-        k_LBKSH = k_LBKSH.at[index, rows_B1, :, slots_BT].set(k_BTKH, mode="drop")
-        v_LBKSH = v_LBKSH.at[index, rows_B1, :, slots_BT].set(v_BTKH, mode="drop")
-        o_BTNH = attend_cache(q_BTNH, k_LBKSH, v_LBKSH, index, read_BT, rows_B)
-        x_BTD = _finish(layer, x_BTD, o_BTNH, c)
-        return (x_BTD, k_LBKSH, v_LBKSH), None
+        o_BTNH = attend_cache(q_BTNH, k_BTKH, v_BTKH, cache.k_LBKSH, cache.v_LBKSH, index, starts_B, rows_B)
+        return _finish(layer, x_BTD, o_BTNH, c), (k_BTKH, v_BTKH)
 
     layers = (model.layers, jnp.arange(c.num_layers, dtype=jnp.int32))
-    (x_BTD, k_LBKSH, v_LBKSH), _ = jax.lax.scan(block, (x_BTD, cache.k_LBKSH, cache.v_LBKSH), layers)
-    return rms_norm(x_BTD, model.final_norm_D[...], c.rms_norm_eps), KVCache(k_LBKSH, v_LBKSH)
+    x_BTD, (k_LBTKH, v_LBTKH) = jax.lax.scan(block, x_BTD, layers)
+    new = KVCache(k_LBTKH.transpose(0, 1, 3, 2, 4), v_LBTKH.transpose(0, 1, 3, 2, 4))
+    cache = _write(cache, new, starts_B, counts_B, jnp.arange(B, dtype=jnp.int32) if rows_B is None else rows_B)
+    return rms_norm(x_BTD, model.final_norm_D[...], c.rms_norm_eps), cache
+
+
+def _write(cache: KVCache, new: KVCache, starts_B: jax.Array, counts_B: jax.Array, rows_B: jax.Array) -> KVCache:
+    """The cache with the first counts_b of T new slots, [L, B, K, T, H], in row rows_b from starts_b on.
+
+    By slices, a row at a time and all layers at once. For a scatter, XLA on TPUs gives the cache another layout: a copy of
+    the whole before each program and one after it.
+    """
+    S = cache.k_LBKSH.shape[3]
+    T = min(new.k_LBKSH.shape[3], S)
+
+    def one(b: jax.Array, cache: KVCache) -> KVCache:
+        first = jnp.minimum(starts_B[b], S - T)  # near the end of the cache the slice starts before the row's new slots
+        shift = starts_B[b] - first
+        steps_T = jnp.arange(T, dtype=jnp.int32) - shift
+        mask_111T1 = ((steps_T >= 0) & (steps_T < counts_B[b])).reshape(1, 1, 1, T, 1)
+
+        def put(x_LBKSH: jax.Array, new_LBKTH: jax.Array) -> jax.Array:
+            new_L1KTH = jnp.roll(jax.lax.dynamic_slice_in_dim(new_LBKTH, b, 1, axis=1)[:, :, :, :T], shift, axis=3)
+            at = (0, rows_B[b], 0, first, 0)
+            old_L1KTH = jax.lax.dynamic_slice(x_LBKSH, at, new_L1KTH.shape)
+            return jax.lax.dynamic_update_slice(x_LBKSH, jnp.where(mask_111T1, new_L1KTH, old_L1KTH), at)
+
+        return jax.tree.map(put, cache, new)
+
+    return jax.lax.fori_loop(0, rows_B.shape[0], one, cache)

@@ -185,6 +185,22 @@ def test_packed_segments_equal_separate_rows(model):
     assert np.isfinite(hidden_BTD).all()
 
 
+def test_wide_reads_near_the_end_of_the_cache_write_their_own_slots_only(model):
+    """Reads padded beyond the end of the cache, or wider than all of it, leave what exact ones leave; surplus ones nothing."""
+    S, starts_R, counts_R, rows_R = 12, jnp.array([9, 2, 5]), jnp.array([3, 9, 0]), jnp.array([2, 0, 3])
+    filled = qwen3.KVCache(*(x + 7.0 for x in qwen3.init_cache(ODD, 3, S)))
+    for width in (10, 16):
+        tokens_RT = tokens_of((3, width), seed=2)
+        _, found = qwen3.extend(model, filled, tokens_RT, starts_R, counts_R, rows_R)
+        expected = filled
+        for r in range(2):
+            exact = tokens_RT[r : r + 1, : int(counts_R[r])], starts_R[r : r + 1], counts_R[r : r + 1], rows_R[r : r + 1]
+            _, expected = qwen3.extend(model, expected, *exact)
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)
+            np.testing.assert_array_equal(x == 7.0, y == 7.0)
+
+
 def test_no_position_sees_a_later_token(model):
     """Causality by gradients: hidden t does not move with any embedding after t."""
     tokens_BT = jnp.arange(10, dtype=jnp.int32)[None]  # distinct tokens: embedding row = position
@@ -205,21 +221,27 @@ if __name__ == "__main__":
 def test_a_row_reads_its_own_slots_whatever_longer_rows_read():
     """Attention over the cache goes by blocks up to the furthest row: same bits in any company, values as by `attend`."""
     rng = np.random.default_rng(0)
-    L, B, K, S, H, T = 2, 3, 2, 700, 8, 4
+    L, B, K, S, H, T = 2, 3, 2, 700, 8, 300
     k, v = (jnp.asarray(rng.normal(size=(L, B, K, S, H)), jnp.float32) for _ in range(2))
     q = jnp.asarray(rng.normal(size=(B, T, 4, H)), jnp.float32)
+    new_k, new_v = (jnp.asarray(rng.normal(size=(B, T, K, H)), jnp.float32) for _ in range(2))
 
     def read(starts):
-        positions_BT = jnp.asarray(starts)[:, None] + jnp.arange(T)[None]
-        return attend_cache(q, k, v, jnp.int32(1), positions_BT), positions_BT
+        return attend_cache(q, new_k, new_v, k, v, jnp.int32(1), jnp.asarray(starts))
 
-    for starts in ([5, 254, 690], [5, 600, 100]):
-        found, positions_BT = read(starts)
-        mask_BTS = jnp.arange(S)[None, None] <= positions_BT[:, :, None]
-        np.testing.assert_allclose(found, attend(q, k[1], v[1], mask_BTS), atol=1e-6)
-        np.testing.assert_array_equal(found[0], read([5, 0, 0])[0][0])
-    rows = jnp.array([2, 0])
-    positions_BT = jnp.array([[300], [20]])
-    found = attend_cache(q[:2, :1], k, v, jnp.int32(0), positions_BT, rows)
-    mask_BTS = jnp.arange(S)[None, None] <= positions_BT[:, :, None]
-    np.testing.assert_allclose(found, attend(q[:2, :1], k[0][rows], v[0][rows], mask_BTS), atol=1e-6)
+    def expected(q, new_k, new_v, k, v, starts):
+        """By `attend`, over the cached slots with the new ones behind them."""
+        T = q.shape[1]
+        cached_BTS = jnp.broadcast_to(jnp.arange(S)[None, None] < jnp.asarray(starts)[:, None, None], (len(starts), T, S))
+        mask_BTX = jnp.concatenate([cached_BTS, jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (len(starts), T, T))], axis=2)
+        k, v = (jnp.concatenate([x, new.transpose(0, 2, 1, 3)], axis=2) for x, new in ((k, new_k), (v, new_v)))
+        return attend(q, k, v, mask_BTX)
+
+    for starts in ([5, 254, 690], [5, 600, 0]):
+        found = read(starts)
+        np.testing.assert_allclose(found, expected(q, new_k, new_v, k[1], v[1], starts), atol=2e-6)
+        np.testing.assert_array_equal(found[0], read([5, 0, 0])[0])
+    rows, starts = jnp.array([2, 0]), [301, 21]
+    q, new_k, new_v = q[:2, :1], new_k[:2, :1], new_v[:2, :1]
+    found = attend_cache(q, new_k, new_v, k, v, jnp.int32(0), jnp.asarray(starts), rows)
+    np.testing.assert_allclose(found, expected(q, new_k, new_v, k[0][rows], v[0][rows], starts), atol=2e-6)
