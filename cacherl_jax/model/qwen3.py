@@ -275,9 +275,8 @@ def extend(
 
     rows_B names the cache row of each b, all different; by default they are the cache's rows in order. Rows with count 0
     keep their cache. Returns hidden states after the final norm, [B, T, D] (meaningless beyond a row's count), and the
-    cache. T = 1 decodes, larger T prefills. The caller keeps starts + counts <= S; what lies beyond is dropped. Layers read
-    the cache as it was and their new slots are written behind them all, so that XLA updates a donated cache in place: as a
-    carry of the layers' scan, TPUs copied it (21.8 GiB of temporaries beside a cache of 9 GiB, now 0.4).
+    cache. T = 1 decodes, larger T prefills. The caller keeps starts + counts <= S. Layers only read the cache; what they
+    add is written behind the last one, in place where the caller donates the cache.
     """
     c = model.config
     B, T = tokens_BT.shape
@@ -301,24 +300,25 @@ def extend(
 
 
 def _write(cache: KVCache, new: KVCache, starts_B: jax.Array, counts_B: jax.Array, rows_B: jax.Array) -> KVCache:
-    """Row b's first counts_b of the new slots [L, B, K, T, H] into the cache from starts_b on.
+    """The cache with the first counts_b of T new slots, [L, B, K, T, H], in row rows_b from starts_b on.
 
-    A row at a time, all layers at once, as slices: a scatter would have TPUs lay out the whole cache for it, and back.
+    By slices, a row at a time and all layers at once. For a scatter, XLA on TPUs gives the cache another layout: a copy of
+    the whole before each program and one after it.
     """
-    S, T = cache.k_LBKSH.shape[3], min(new.k_LBKSH.shape[3], cache.k_LBKSH.shape[3])
+    S = cache.k_LBKSH.shape[3]
+    T = min(new.k_LBKSH.shape[3], S)
 
     def one(b: jax.Array, cache: KVCache) -> KVCache:
-        start = jnp.minimum(starts_B[b], S - T)
-        shift = starts_B[b] - start  # the slice ends with the cache
+        first = jnp.minimum(starts_B[b], S - T)  # near the end of the cache the slice starts before the row's new slots
+        shift = starts_B[b] - first
         steps_T = jnp.arange(T, dtype=jnp.int32) - shift
-        keep_111T1 = ((steps_T >= 0) & (steps_T < counts_B[b])).reshape(1, 1, 1, T, 1)
+        mask_111T1 = ((steps_T >= 0) & (steps_T < counts_B[b])).reshape(1, 1, 1, T, 1)
 
         def put(x_LBKSH: jax.Array, new_LBKTH: jax.Array) -> jax.Array:
-            new_L1KTH = jax.lax.dynamic_slice_in_dim(new_LBKTH, b, 1, axis=1)[:, :, :, :T]
-            new_L1KTH = jnp.roll(new_L1KTH, shift, axis=3)
-            at = (0, rows_B[b], 0, start, 0)
+            new_L1KTH = jnp.roll(jax.lax.dynamic_slice_in_dim(new_LBKTH, b, 1, axis=1)[:, :, :, :T], shift, axis=3)
+            at = (0, rows_B[b], 0, first, 0)
             old_L1KTH = jax.lax.dynamic_slice(x_LBKSH, at, new_L1KTH.shape)
-            return jax.lax.dynamic_update_slice(x_LBKSH, jnp.where(keep_111T1, new_L1KTH, old_L1KTH), at)
+            return jax.lax.dynamic_update_slice(x_LBKSH, jnp.where(mask_111T1, new_L1KTH, old_L1KTH), at)
 
         return jax.tree.map(put, cache, new)
 

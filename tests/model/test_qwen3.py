@@ -196,6 +196,22 @@ def test_packed_segments_equal_separate_rows(model):
     assert np.isfinite(hidden_BTD).all()
 
 
+def test_wide_reads_near_the_end_of_the_cache_write_their_own_slots_only(model):
+    """Reads padded beyond the end of the cache, or wider than all of it, leave what exact ones leave; surplus ones nothing."""
+    S, starts_R, counts_R, rows_R = 12, jnp.array([9, 2, 5]), jnp.array([3, 9, 0]), jnp.array([2, 0, 3])
+    filled = qwen3.KVCache(*(x + 7.0 for x in qwen3.init_cache(ODD, 3, S)))
+    for width in (10, 16):
+        tokens_RT = tokens_of((3, width), seed=2)
+        _, found = qwen3.extend(model, filled, tokens_RT, starts_R, counts_R, rows_R)
+        expected = filled
+        for r in range(2):
+            exact = tokens_RT[r : r + 1, : int(counts_R[r])], starts_R[r : r + 1], counts_R[r : r + 1], rows_R[r : r + 1]
+            _, expected = qwen3.extend(model, expected, *exact)
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)
+            np.testing.assert_array_equal(x == 7.0, y == 7.0)
+
+
 def test_no_position_sees_a_later_token(model):
     """Causality by gradients: hidden t does not move with any embedding after t."""
     tokens_BT = jnp.arange(10, dtype=jnp.int32)[None]  # distinct tokens: embedding row = position
