@@ -48,13 +48,11 @@ def _open(path: Path, mode: str = "r") -> SQLiteStore:
 
 def _cached(args: argparse.Namespace, store: SQLiteStore) -> CachedTools:
     """The store, served by the policies that the command line names."""
-    from cacherl_jax.cache.best_effort import Simulator
+    from cacherl_jax.cache.best_effort import open_simulator
     from cacherl_jax.cache.lookup import CachedTools
 
     specs, config = _policies(args, store)
-    simulator = None
-    if config.best_effort == "simulator":
-        simulator = Simulator(config.simulator, _open(args.store.with_suffix(".simulated.sqlite"), "rw"))
+    simulator = open_simulator(config, args.store.with_suffix(".simulated.sqlite"))
     return CachedTools(store, specs, config, seed=0, simulator=simulator)
 
 

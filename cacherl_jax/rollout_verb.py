@@ -98,12 +98,12 @@ def _play(
     import jax
 
     from cacherl_jax import interrupts
-    from cacherl_jax.mesh import make_mesh, rollout_mesh
     from cacherl_jax.rollout import runner
     from cacherl_jax.rollout.engine import Engine
     from cacherl_jax.rollout.stream import TrajectoryStream, read_stream
+    from cacherl_jax.run_directory import write_lines
 
-    engine = Engine(config.model, config.rollout, tok.stop_ids, rollout_mesh(make_mesh(config.mesh), config.rollout.tp))
+    engine = Engine.of_run(config, tok.stop_ids)
     path = folder / f"streamed.{jax.process_index()}.jsonl"
     finished = read_stream(path)
     bar = progress(total=len(episodes), desc="rollout", initial=len(finished))
@@ -117,12 +117,7 @@ def _play(
             engine, engine.place(model), tok, specs, episodes, provider, config.rollout, config.seed,
             replays=replays, finished=finished.values(), on_done=on_done,
         )  # fmt: skip
-    partial = folder / "trajectories.jsonl.partial"
-    partial.unlink(missing_ok=True)  # of an attempt that was killed here
-    with TrajectoryStream(partial) as whole:
-        for trajectory in trajectories:
-            whole(trajectory)
-    partial.replace(folder / "trajectories.jsonl")
+    write_lines(folder / "trajectories.jsonl", (t.to_json() for t in trajectories))
     result = summary(trajectories) | {"compilations": engine.compilations()}
     path.unlink()
     return result
@@ -195,14 +190,11 @@ def _replays(args: argparse.Namespace, tasks: Sequence[Task], samples: int) -> d
 
 
 def _provider(args: argparse.Namespace, store: SQLiteStore, specs: Mapping[str, ToolSpec], config: Config) -> Any:
-    from cacherl_jax.cache.best_effort import Simulator
+    from cacherl_jax.cache.best_effort import open_simulator
     from cacherl_jax.cache.counterfactual import without_entry
     from cacherl_jax.cache.lookup import CachedTools
-    from cacherl_jax.cache.store import SQLiteStore
 
-    simulator = None
-    if config.cache.best_effort == "simulator":
-        simulator = Simulator(config.cache.simulator, SQLiteStore(args.store.with_suffix(".simulated.sqlite"), mode="rw"))
+    simulator = open_simulator(config.cache, args.store.with_suffix(".simulated.sqlite"))
     answering = without_entry(store, args.without) if args.without else store
     return CachedTools(answering, specs, config.cache, config.seed, simulator=simulator)
 

@@ -32,6 +32,15 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """JSON Lines in ASCII, a line a row. Atomic, as `write_json`."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w") as f:
+        for row in rows:
+            f.write(json.dumps(row) + "\n")  # JSON can spell halves of surrogate pairs, UTF-8 cannot
+    os.replace(temporary, path)
+
+
 class RunDirectory:
     """`out` with the bookkeeping of stages. Creating one writes nothing."""
 

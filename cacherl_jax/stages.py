@@ -23,7 +23,7 @@ import jax
 
 from cacherl_jax import checkpoint, metrics
 from cacherl_jax import corpus as corpora
-from cacherl_jax.cache.best_effort import Simulator
+from cacherl_jax.cache.best_effort import open_simulator
 from cacherl_jax.cache.fit import fit
 from cacherl_jax.cache.fit import write as write_fitted
 from cacherl_jax.cache.imports import describe
@@ -32,12 +32,12 @@ from cacherl_jax.cache.snapshot import snapshot_id
 from cacherl_jax.cache.store import SQLiteStore, StoreError
 from cacherl_jax.config import Config, ConfigError, ModelConfig
 from cacherl_jax.evaluate import coverage, intervals, process_accuracy, report
-from cacherl_jax.mesh import make_mesh, rollout_mesh
+from cacherl_jax.mesh import make_mesh
 from cacherl_jax.model import qwen3
 from cacherl_jax.reward import answer, process
 from cacherl_jax.rollout import runner
 from cacherl_jax.rollout.engine import Engine
-from cacherl_jax.run_directory import RunDirectory, write_json
+from cacherl_jax.run_directory import RunDirectory, write_json, write_lines
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import Tokenizer, train_tokenizer
 from cacherl_jax.tools.registry import specs_from_json, specs_to_json
@@ -73,7 +73,7 @@ def record(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, An
         result: dict[str, Any] = {"tools": len(specs), "left_out": corpus.problems, "differs_from_published": corpus.differences}
         for split in SPLITS:
             tasks = corpus.tasks(split)
-            _write_lines(folder / f"tasks.{split}.jsonl", (t.to_json() for t in tasks))
+            write_lines(folder / f"tasks.{split}.jsonl", (t.to_json() for t in tasks))
             transcripts = []
             with progress(total=corpus.transcript_count(split), desc=f"record {split}") as bar:
                 for transcript in corpus.transcripts(split):
@@ -212,7 +212,7 @@ def evaluate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, 
         live = corpora.live_tools(config, "test")
         if live is not None:
             providers["live"] = live
-        engine = rollout_engine(config, tok)
+        engine = Engine.of_run(config, tok.stop_ids)
         sampling = dataclasses.replace(config.rollout, temperature=config.eval.temperature)
         results: dict[str, Any] = {}
         with progress(total=len(tasks) * len(_policies(run)) * len(providers), desc="eval") as bar:
@@ -225,7 +225,7 @@ def evaluate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, 
                             engine, model, tok, specs, [(task, EVAL_SAMPLE) for task in tasks], provider, sampling,
                             config.seed, on_done=lambda _: bar.update(1),
                         )  # fmt: skip
-                        _write_lines(path, (t.to_json() for t in trajectories))
+                        write_lines(path, (t.to_json() for t in trajectories))
                     else:
                         bar.update(len(tasks))
                     trajectories = load_trajectories(path)
@@ -368,10 +368,8 @@ def open_cache(run: RunDirectory, split: str, specs: Mapping[str, ToolSpec]) -> 
     recorded, found = run.require("record")[split]["snapshot"], snapshot_id(store)
     if found != recorded:
         raise StoreError(f"store {store.path} has changed since it was recorded: snapshot {found}, recorded as {recorded}")
-    simulator = None
-    if config.best_effort == "simulator":
-        # Replies of one split's calls are kept apart: what training was told is never told in evaluation.
-        simulator = Simulator(config.simulator, SQLiteStore(run.out / "record" / f"simulated.{split}.sqlite", mode="rw"))
+    # Replies of one split's calls are kept apart: what training was told is never told in evaluation.
+    simulator = open_simulator(config, run.out / "record" / f"simulated.{split}.sqlite")
     return CachedTools(store, specs, config, run.config.seed, simulator=simulator)
 
 
@@ -381,18 +379,5 @@ def load_policy(run: RunDirectory, stage: str, config: Config) -> qwen3.Qwen3:
     return checkpoint.restore_model(run.out / stage / "checkpoints", like)
 
 
-def rollout_engine(config: Config, tok: Tokenizer) -> Engine:
-    """An engine on the run's devices, in the layout for rollouts."""
-    return Engine(config.model, config.rollout, tok.stop_ids, rollout_mesh(make_mesh(config.mesh), config.rollout.tp))
-
-
 def load_trajectories(path: Path) -> list[Trajectory]:
     return [Trajectory.from_json(json.loads(line)) for line in path.read_text().splitlines()]
-
-
-def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w") as f:
-        for row in rows:
-            f.write(json.dumps(row) + "\n")  # in ASCII: JSON can spell halves of surrogate pairs, UTF-8 cannot
-    temporary.replace(path)

@@ -13,12 +13,13 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cacherl_jax import versions
 from cacherl_jax.cache import tiers
-from cacherl_jax.cache.store import Entry, Recording, Store
-from cacherl_jax.config import ConfigError, SimulatorConfig
+from cacherl_jax.cache.store import Entry, Recording, SQLiteStore, Store
+from cacherl_jax.config import CacheConfig, ConfigError, SimulatorConfig
 from cacherl_jax.types import Kind, ToolCall, ToolResult, ToolSpec
 
 UNKNOWN = "unknown"
@@ -124,6 +125,11 @@ INSTRUCTIONS = (
 
 class SimulatorError(Exception):
     """The endpoint gave no usable reply; the message says why in a few words."""
+
+
+def open_simulator(config: CacheConfig, replies: Path) -> Simulator | None:
+    """The simulator that `config` asks for, which keeps its replies in a store at `replies`; None where it asks for none."""
+    return Simulator(config.simulator, SQLiteStore(replies, mode="rw")) if config.best_effort == "simulator" else None
 
 
 class Simulator:

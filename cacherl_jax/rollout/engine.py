@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from cacherl_jax import mesh as meshes
-from cacherl_jax.config import ModelConfig, RolloutConfig
+from cacherl_jax.config import Config, ModelConfig, RolloutConfig
 from cacherl_jax.model import qwen3
 from cacherl_jax.rollout.sampling import logprob_of, sample
 
@@ -115,6 +115,11 @@ class Engine:
         self._prefill = self._program(partial(_prefill), "mci", "c", donate=1)
         self._copy = self._program(partial(_copy), "ci", "c", donate=0)
         self._decode = self._program(partial(_decode, **sampling), "msir", "so", donate=1)
+
+    @classmethod
+    def of_run(cls, config: Config, stop_ids: Sequence[int]) -> Engine:
+        """The engine of a run, on its devices, in the layout for rollouts."""
+        return cls(config.model, config.rollout, stop_ids, meshes.rollout_mesh(meshes.make_mesh(config.mesh), config.rollout.tp))
 
     def _program(self, body: Callable[..., Any], arguments: str, results: str, donate: int) -> Callable[..., Any]:
         """`body` for the rows of one device, on all of them. m model, c cache, s state, i rows first, r the same everywhere."""

@@ -129,7 +129,7 @@ def train(
     state = steps.TrainState.create(qwen3.copy(reference), tx)
     update = steps.make_update(tx)
     buckets = bucket_lengths(config.rollout.context)
-    engine = Engine(config.model, config.rollout, tok.stop_ids, mesh.rollout_mesh(devices, config.rollout.tp))
+    engine = Engine.of_run(config, tok.stop_ids)
     gradients_of = partial(
         steps.grpo_gradients, clip_low=grpo.clip_low, clip_high=grpo.clip_high, kl_coef=grpo.kl_coef,
         importance_cap=grpo.importance_cap,
