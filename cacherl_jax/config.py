@@ -60,11 +60,40 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices by axis; the product must equal the number of devices in use."""
+    """Devices by axis; the product must equal the number of devices in use.
+
+    Rows are split over data and fsdp, the tokens of a row over seq, heads and vocabulary over tp, parameters over fsdp and
+    seq together. `slices` of a multi-slice TPU, joined by the data-center network, divide the data axis.
+    """
 
     data: Positive = 1
     fsdp: Positive = 1
+    seq: Positive = 1
     tp: Positive = 1
+    slices: Positive = 1
+
+    def __post_init__(self) -> None:
+        _require(self.data % self.slices == 0, f"mesh.data={self.data} is not a multiple of mesh.slices={self.slices}")
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What the training step keeps, and what it computes again."""
+
+    compute: Literal["weights", "bfloat16"] = "weights"  # dtype of matrix products: that of the weights, or bfloat16
+    remat: Literal["none", "dots", "full"] = "none"  # a layer's backward pass finds everything, matrix products, its input only
+    logit_chunk: Positive = 4096  # tokens of a device whose logits exist at one time
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter, trained in the weights' place: W + alpha / rank * A B (Hu et al., arXiv 2106.09685)."""
+
+    rank: Count = 0  # 0: all weights are trained
+    alpha: PositiveRate = 32.0
+    matrices: tuple[Literal["query", "key", "value", "output", "gate", "up", "down"], ...] = (
+        "query", "key", "value", "output", "gate", "up", "down",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,7 +168,8 @@ PAPER_CACHE = CacheConfig(key="canonical", adapted=False, similarity="jaccard", 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["adamw", "muon"] = "muon"  # muon: matrices by Muon, embeddings and scales by Adam
+    name: Literal["adamw", "adafactor", "muon"] = "muon"  # muon: matrices by Muon, embeddings and scales by Adam
+    moments: Literal["float32", "bfloat16"] = "float32"  # adamw's first and second
     learning_rate: Rate = 0.02
     adam_learning_rate: Rate = 3e-3  # muon's companion for non-matrices
     warmup_steps: Count = 20
@@ -154,6 +184,9 @@ class OptimizerConfig:
 class SftConfig:
     steps: Positive = 1000
     tokens_per_batch: Positive = 1024  # rows times padded length; rows are bucketed by length
+    accumulate: Positive = 1  # batches an update
+    packed_length: Count = 0  # episodes are packed into rows of this many tokens; 0: one episode a row, bucketed by length
+    lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint_every: Positive = 200
 
@@ -206,6 +239,8 @@ class GrpoConfig:
     importance_cap: PositiveRate = 2.0  # of trainer's over sampler's probability of a token, a weight of its policy term
     minibatches: Positive = 1  # optimizer steps a batch of rollouts
     tokens_per_batch: Positive = 2048
+    packed_length: Count = 0  # as in SftConfig
+    lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, adam_learning_rate=3e-4, warmup_steps=2, schedule="constant")
     checkpoint_every: Positive = 5
     validate_every: Positive = 5
@@ -225,6 +260,7 @@ class Config:
     seed: Count = 0
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
+    memory: MemoryConfig = MemoryConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     cache: CacheConfig = CacheConfig()
