@@ -79,14 +79,15 @@ def row_ways(mesh: Mesh) -> int:
 def place(batch: Any, mesh: Mesh) -> Any:
     """`batch`, a pytree of arrays with rows first, with its rows split over (data, fsdp).
 
-    Raises ConfigError when the number of rows does not divide.
+    Every process holds the whole batch and gives its own devices their rows of it. Raises ConfigError when the number of
+    rows does not divide.
     """
     ways = row_ways(mesh)
 
     def put(x: Any) -> jax.Array:
         if x.shape[0] % ways:
             raise ConfigError(f"a batch of {x.shape[0]} rows does not divide over data x fsdp = {ways} devices")
-        return jax.device_put(x, rows_sharding(mesh))
+        return jax.make_array_from_callback(x.shape, rows_sharding(mesh), lambda index: x[index])
 
     return jax.tree.map(put, batch)
 
