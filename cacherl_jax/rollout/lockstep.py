@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 
 from cacherl_jax import processes
-from cacherl_jax.types import Trajectory
+from cacherl_jax.trajectory import Trajectory
 
 
 def mine(count: int) -> list[int]:

@@ -29,7 +29,8 @@ from cacherl_jax.tools import registry
 from cacherl_jax.train import advantages, agreement
 from cacherl_jax.train import step as steps
 from cacherl_jax.train.optimizer import make_optimizer
-from cacherl_jax.types import Batch, Task, ToolProvider, ToolSpec, Trajectory
+from cacherl_jax.trajectory import Trajectory
+from cacherl_jax.types import Batch, Task, ToolProvider, ToolSpec
 
 Placed = Sequence[tuple[Batch, list[int]]]  # batches on the mesh, with the indices of their rows
 
@@ -132,9 +133,10 @@ def train(
     update = steps.make_update(tx)
     buckets = bucket_lengths(config.rollout.context)
     engine = Engine.of_run(config, tok.stop_ids)
+    execution = qwen3.Execution(devices, config.memory)
     gradients_of = partial(
         steps.grpo_gradients, clip_low=grpo.clip_low, clip_high=grpo.clip_high, kl_coef=grpo.kl_coef,
-        importance_cap=grpo.importance_cap,
+        importance_cap=grpo.importance_cap, execution=execution,
     )  # fmt: skip
 
     def batches_of(rows: Sequence[Row]) -> Placed:
@@ -159,7 +161,7 @@ def train(
         batches, logprobs = batches_of(rows), []
         for batch, _ in batches:
             processes.check()
-            logprobs.append(steps.score(model, batch))
+            logprobs.append(steps.score(model, batch, execution=execution))
         return _by_row(rows, batches, logprobs)
 
     def learn(state: steps.TrainState, rows: Sequence[Row]) -> tuple[steps.TrainState, dict[str, float], list[np.ndarray]]:
@@ -169,7 +171,7 @@ def train(
         for part in np.array_split(np.arange(len(rows)), grpo.minibatches):
             chosen = [rows[i] for i in part]
             batches = batches_of(chosen)
-            gradients, values, logprobs = steps.accumulate(gradients_of, state.model, [batch for batch, _ in batches])
+            gradients, values, logprobs = steps.accumulate(gradients_of, state.model, None, [batch for batch, _ in batches])
             state, norm = update(state, gradients)
             parts.append({k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)})
             olds = [row.old_logprobs_T for row in chosen]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -60,6 +61,7 @@ def train(
     with interrupts.held(), checkpoint.Checkpoints(directory / "checkpoints") as saved:
         done, state = saved.restore(like) or (0, checkpoint.new_state(_first_model(config, devices), tx, devices))
         update = steps.make_update(tx)
+        gradients_of = partial(steps.sft_gradients, execution=qwen3.Execution(devices, config.memory))
         log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done, writes=processes.is_first())
         rate = metrics.Rate()
         try:
@@ -69,7 +71,7 @@ def train(
                     chosen = [batches.batch(done * sft.accumulate + i) for i in range(sft.accumulate)]
                     tokens = sum(int((batch.segment_ids_BT > 0).sum()) for batch in chosen)
                     placed = [mesh.place(batch, devices) for batch in chosen]
-                    gradients, values, _ = steps.accumulate(steps.sft_gradients, state.model, placed)
+                    gradients, values, _ = steps.accumulate(gradients_of, state.model, None, placed)
                     state, norm = update(state, gradients)
                     done += 1
                     rate.add(tokens)
