@@ -116,7 +116,7 @@ def grpo_loss(
     behavior_logprobs_BT: jax.Array,
     ref_logprobs_BT: jax.Array,
     mask_BT: jax.Array,
-    advantages_B: jax.Array,
+    advantages_BT: jax.Array,
     old_logprobs_BT: jax.Array | None = None,
     *,
     clip_low: float,
@@ -126,7 +126,7 @@ def grpo_loss(
 ) -> tuple[jax.Array, Metrics]:
     """The clipped policy-gradient loss of GRPO plus a KL penalty, averaged over masked tokens of the whole batch.
 
-    With ratio r = exp(logprob - old) and advantage A of the episode:  -w min(r A, clip(r, 1 - low, 1 + high) A)
+    With ratio r = exp(logprob - old) and advantage A of the token's episode:  -w min(r A, clip(r, 1 - low, 1 + high) A)
     + kl_coef * k3,  k3 = exp(ref - logprob) - (ref - logprob) - 1  (Schulman's non-negative estimator of KL(policy, ref)).
     Source: DeepSeekMath, arXiv 2402.03300, equations 3 and 4; token-level mean over the batch.
 
@@ -145,8 +145,7 @@ def grpo_loss(
     importance_BT = jnp.exp(jnp.where(mask_BT > 0, old_BT - behavior_logprobs_BT, 0.0))
     weight_BT = jnp.minimum(importance_BT, importance_cap)  # no gradient: old and behavior are constants
     clipped_BT = jnp.clip(ratio_BT, 1.0 - clip_low, 1.0 + clip_high)
-    advantages_B1 = advantages_B[:, None]
-    policy_BT = -weight_BT * jnp.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
+    policy_BT = -weight_BT * jnp.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT)
     gap_BT = jnp.where(mask_BT > 0, ref_logprobs_BT - logprobs_BT, 0.0)
     kl_BT = jnp.exp(gap_BT) - gap_BT - 1.0
     policy, kl = masked_mean(policy_BT, mask_BT), masked_mean(kl_BT, mask_BT)

@@ -100,7 +100,7 @@ def grpo_gradients(
             batch.behavior_logprobs_BT,
             batch.ref_logprobs_BT,
             batch.loss_mask_BT,
-            batch.advantages_B,
+            batch.advantages_BT,
             batch.old_logprobs_BT,
             clip_low=clip_low,
             clip_high=clip_high,
