@@ -125,11 +125,13 @@ def think(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any
                 thought.append(add_thinking(transcript, teacher, counts))
                 bar.update(1)
         write_transcripts(folder / "transcripts.jsonl", thought)
-        folder_of_tokenizer = given_tokenizer(run.config)
-        if folder_of_tokenizer is not None:
-            tok = Tokenizer.load(folder_of_tokenizer)
-            # With all that stands beside it, such as config.json: `convert --to-hf` of a stage gives it back.
-            shutil.copytree(folder_of_tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+        given = given_tokenizer(run.config)
+        if given is not None:
+            tok = Tokenizer.load(given)
+            tok.save(folder / "tokenizer")
+            if not run.config.tokenizer.path:
+                # With all that came with the weights, such as config.json: `convert --to-hf` of a stage gives it back.
+                shutil.copytree(given, folder / "tokenizer", dirs_exist_ok=True)
         else:
             texts = (text for transcript in thought for text in _texts(transcript))
             # Tools that training never shows get no tokens of their own: their definitions are read as text.

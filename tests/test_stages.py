@@ -221,8 +221,8 @@ def digests(path: Path) -> list[str]:
     return [t.digest() for t in stream.read_stream(path).values()]
 
 
-def saved(out: Path) -> list[int]:
-    return sorted(int(path.name) for path in (out / "grpo" / "checkpoints").iterdir() if path.name.isdecimal())
+def saved(out: Path, stage: str = "grpo") -> list[int]:
+    return sorted(int(path.name) for path in (out / stage / "checkpoints").iterdir() if path.name.isdecimal())
 
 
 def test_ctrl_c_anywhere_in_training_loses_nothing(finished, tmp_path, capsys, monkeypatch):
