@@ -45,9 +45,7 @@ class Checkpoints:
             best_fn=_metric if best else None,
             preservation_policy=AnyPreservationPolicy(policies),
         )
-        self._manager = ocp.CheckpointManager(
-            directory.resolve(), options=options, item_handlers=ocp.PyTreeCheckpointHandler()
-        )
+        self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_handlers=ocp.PyTreeCheckpointHandler())
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
 
     def __enter__(self) -> Checkpoints:
@@ -124,7 +122,8 @@ def abstract_state(model: Any, tx: Any, mesh: Mesh) -> TrainState:
         return _placed(x, of.sharding if of is not None and of.shape == x.shape else NamedSharding(mesh, P()))
 
     opt_state = jax.tree_util.tree_map_with_path(place, state.opt_state)
-    return TrainState(model, opt_state, _placed(state.step, NamedSharding(mesh, P())))
+    step: Any = _placed(state.step, NamedSharding(mesh, P()))
+    return TrainState(model, opt_state, step)
 
 
 def new_state(model: Any, tx: Any, mesh: Mesh) -> TrainState:

@@ -23,6 +23,7 @@ from cacherl_jax.types import Task, ToolSpec
 
 STORES = {"train": "training.sqlite", "validation": "validation.sqlite", "test": "evaluation.sqlite"}
 
+
 def load_specs(run: RunDirectory) -> dict[str, ToolSpec]:
     return specs_from_json(json.loads((run.out / "record" / "tools.json").read_text()))
 

@@ -8,10 +8,9 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from cacherl_jax import checkpoint, metrics
+from cacherl_jax import metrics
 from cacherl_jax.config import Config, ConfigError, MeshConfig, ModelConfig, OptimizerConfig, SftConfig
 from cacherl_jax.data.pipeline import Row, bucketed, collate
 from cacherl_jax.mesh import make_mesh
