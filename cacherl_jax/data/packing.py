@@ -61,11 +61,6 @@ class PackedBatches:
         self.batches_per_epoch = -(-len(self._packs) // self._count)
         self._epoch, self._plan = -1, self._packs
 
-    @property
-    def filled(self) -> float:
-        """The share of an epoch's tokens that are no padding."""
-        return int(self._lengths_N.sum()) / (self.batches_per_epoch * self._count * self._length)
-
     def _plan_of(self, epoch: int) -> Packs:
         if epoch != self._epoch:
             rng = np.random.default_rng((self._seed, epoch))

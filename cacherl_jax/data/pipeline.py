@@ -121,13 +121,7 @@ class EpochBatches:
         self._counts = [rows_per_batch(length, tokens_per_batch, ways) for length in self._buckets]
         members = np.bincount(self._index_N, minlength=len(self._buckets))
         self.batches_per_epoch = int(sum(-(-m // c) for m, c in zip(members, self._counts, strict=True)))
-        self._tokens = int(lengths_N.sum())
         self._epoch, self._plan = -1, []
-
-    @property
-    def filled(self) -> float:
-        """The share of an epoch's tokens that are no padding."""
-        return self._tokens / sum(self._counts[bucket] * self._buckets[bucket] for bucket, _ in self._plan_of(0))
 
     def _plan_of(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         if epoch != self._epoch:

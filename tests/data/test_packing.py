@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cacherl_jax.data.packing import PackedBatches, pack, packed
-from cacherl_jax.data.pipeline import EpochBatches, Row, taken_apart
+from cacherl_jax.data.pipeline import Row, taken_apart
 
 
 def rows_of(lengths):
@@ -49,8 +49,7 @@ def test_an_epoch_holds_every_row_once_in_segments_and_epochs_differ():
         assert sorted(order) == list(range(200))
         epochs.append(order)
     assert epochs[0] != epochs[1]
-    assert batches.filled == pytest.approx(2 * LENGTHS.sum() / tokens) and batches.filled > 0.93
-    assert EpochBatches(rows, tokens_per_batch=512, seed=1).filled < batches.filled - 0.1
+    assert 2 * LENGTHS.sum() / tokens > 0.95  # the rest is padding
 
 
 def test_a_batch_is_named_by_its_step_alone():

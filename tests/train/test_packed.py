@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacherl_jax.config import ModelConfig
+from cacherl_jax import metrics
+from cacherl_jax.config import Config, ModelConfig, OptimizerConfig, SftConfig
 from cacherl_jax.data.packing import packed
 from cacherl_jax.data.pipeline import Row, collate, taken_apart
 from cacherl_jax.model import qwen3
+from cacherl_jax.train import sft
 from cacherl_jax.train import step as steps
 
 MODEL = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48)
@@ -63,3 +65,17 @@ def test_a_segments_first_token_has_exactly_no_gradient(model, kind):
     assert not logprobs_BT[batch.loss_mask_BT > 0].any()
     with pytest.raises(ValueError, match="no token"):
         steps.accumulate(KINDS[kind], model, None, [batch])
+
+
+@pytest.mark.parametrize("packed_length, programs", [(0, {64, 96, 128}), (128, {128})])
+def test_a_run_over_ragged_lengths_compiles_a_program_a_bucket_or_one_where_it_packs(tmp_path, packed_length, programs):
+    config = Config(
+        model=dataclasses.replace(MODEL, num_layers=1, vocab_size=65),  # no other test has compiled for it
+        sft=SftConfig(steps=24, tokens_per_batch=256, packed_length=packed_length, optimizer=OptimizerConfig(name="adamw")),
+    )
+    rows = [Row(RNG.integers(0, 65, n).astype(np.int32), np.ones(n, bool)) for n in RNG.integers(2, 129, 60)]
+    compiled = steps.sft_gradients._cache_size()
+    sft.train(config, rows, tmp_path / "sft", progress=metrics.progress_factory(enabled=False))
+    assert steps.sft_gradients._cache_size() - compiled == len(programs)
+    filled = [row["filled"] for row in metrics.read_metrics(tmp_path / "sft/metrics.jsonl")]
+    assert (min(filled) > 0.85) if packed_length else (max(filled) < 0.85)
