@@ -98,7 +98,7 @@ def _play(
 ) -> dict[str, Any]:
     import jax
 
-    from cacherl_jax import interrupts
+    from cacherl_jax import interrupts, processes
     from cacherl_jax.rollout import runner
     from cacherl_jax.rollout.engine import Engine
     from cacherl_jax.rollout.stream import TrajectoryStream, read_stream
@@ -118,7 +118,8 @@ def _play(
             engine, engine.place(model), tok, specs, episodes, provider, config.rollout, config.seed,
             replays=replays, finished=finished.values(), on_done=on_done,
         )  # fmt: skip
-    write_lines(folder / "trajectories.jsonl", (t.to_json() for t in trajectories))
+    if processes.is_first():
+        write_lines(folder / "trajectories.jsonl", (t.to_json() for t in trajectories))
     result = summary(trajectories) | {"compilations": engine.compilations()}
     path.unlink()
     return result
