@@ -1,8 +1,8 @@
 """From token sequences to batches of a few fixed shapes, in an order that depends on (seed, epoch) alone.
 
-Rows are sorted into length buckets and padded to the bucket's length (packing.py puts several into one row of a batch
-instead); a batch holds `tokens_per_batch` tokens, so that short rows come many at a time. Every batch of every step can be named without having made the earlier ones: resuming
-needs the step number and nothing else.
+Rows are sorted into length buckets and padded to the bucket's length; packing.py puts several into one row of a batch
+instead. A batch holds `tokens_per_batch` tokens, so that short rows come many at a time. Every batch of every step can be
+named without having made the earlier ones: resuming needs the step number and nothing else.
 """
 
 from __future__ import annotations

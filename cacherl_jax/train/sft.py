@@ -78,7 +78,8 @@ def train(
                     done += 1
                     rate.add(tokens)
                     if done % 10 == 0 or done == sft.steps:
-                        row = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm), "tokens": tokens, "filled": filled}
+                        row = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
+                        row |= {"tokens": tokens, "filled": filled}
                         log.write({"stage": directory.name, "step": done} | row | {"rate": rate.read()})
                         bar.set_postfix(loss=f"{row['loss']:.3f}")
                     bar.update(1)

@@ -1,4 +1,5 @@
-"""What the sides of rollouts.py have in common: sizes, and how a side takes orders (those of training.py do so too). Standard library alone, for any environment.
+"""What the sides of rollouts.py have in common: sizes, and how a side takes orders, as those of training.py do. Standard
+library alone, for any environment.
 
 A side is a process of its own. It reads a JSON object a line ({"program": name, ...arguments}), runs that program, and
 answers one JSON line: CPU seconds of the whole process, what the program gave, programs that XLA compiled.

@@ -67,7 +67,7 @@ def test_a_segments_first_token_has_exactly_no_gradient(model, kind):
         steps.accumulate(KINDS[kind], model, None, [batch])
 
 
-@pytest.mark.parametrize("packed_length, programs", [(0, 3), (192, 1)])
+@pytest.mark.parametrize(("packed_length", "programs"), [(0, 3), (192, 1)])
 def test_a_run_over_ragged_lengths_compiles_a_program_a_bucket_or_one_where_it_packs(tmp_path, packed_length, programs):
     """Lengths of 2 to 128: buckets of 64, 96 and 128."""
     compiled = []
