@@ -174,7 +174,7 @@ def _supervised(run: RunDirectory, stage: str, agent: str | None, progress: metr
             tok,
             (t for t in transcripts if agent is None or t.agent == agent),
             specs,
-            context=config.rollout.context,
+            context=min(config.rollout.context, config.sft.packed_length or config.rollout.context),
             max_tool_tokens=config.rollout.max_tool_tokens,
         )
         sft.train(config, rows, folder, progress=progress)
