@@ -28,6 +28,7 @@ LOGICAL_TO_MESH: dict[str, str | None] = {
     "ffn": "tp",
     "vocab": "tp",
     "norm": None,
+    "rank": None,
 }
 
 
