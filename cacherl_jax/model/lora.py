@@ -108,7 +108,7 @@ def init(model: ModelConfig, config: LoraConfig, key: jax.Array, mesh: Mesh | No
 
 
 def shardings(model: ModelConfig, config: LoraConfig, mesh: Mesh) -> Adapter:
-    """Where each factor lives on `mesh`, as an adapter of shardings: beside the axis of the weight that it multiplies."""
+    """Where each factor lives on `mesh`, as an adapter of shardings: an axis that it shares with its weight is split alike."""
     return Adapter(model, config, _shardings(table(model, config), mesh))
 
 

@@ -6,13 +6,12 @@ heads. Optimizers that treat matrices as such (Muon, Adafactor) are told here wh
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers, muon
 
 from cacherl_jax.config import OptimizerConfig
@@ -54,36 +53,6 @@ def _schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedul
     return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, max(1, warmup)), after], [warmup])
 
 
-# ---- the state -------------------------------------------------------------------------------------------------------
-
-
-def init_state(tx: optax.GradientTransformation, model: Any) -> Any:
-    """The optimizer's first state for `model`, whose arrays lie on devices, each part made where it will stay."""
-    return jax.jit(tx.init, out_shardings=state_shardings(tx, model))(model)
-
-
-def state_shardings(tx: optax.GradientTransformation, model: Any) -> Any:
-    """Where each part of the optimizer's state lives: a moment as the weight that it belongs to, what is small on every device.
-
-    `model` holds arrays, or ShapeDtypeStructs with shardings.
-    """
-    weights = [(_names(path), x) for path, x in jax.tree_util.tree_leaves_with_path(model)]
-    where = weights[0][1].sharding
-    everywhere = NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else where
-
-    def of(path: Any, x: Any) -> Any:
-        names = _names(path)
-        own = (w.sharding for suffix, w in weights if names[-len(suffix) :] == suffix and w.shape == x.shape)
-        return next(own, everywhere)
-
-    return jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, model))
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    """Of the attributes and keys on the way to a leaf."""
-    return tuple(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
-
-
 # ---- matrices --------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +68,7 @@ _INPUTS = {"DNH": (1,), "DKH": (1,), "NHD": (1, 2), "DF": (1,), "FD": (1,)}
 
 
 def _layout(path: Any, shape: tuple[int, ...]) -> _Layout:
-    names = _names(path)
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
     weight = next((n for n in names if n.rsplit("_", 1)[-1] in _INPUTS), None)
     if weight is None:
         return _Layout("layers" in names, ())
@@ -170,10 +139,7 @@ def _scale_by_factored_rms() -> optax.GradientTransformation:
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             layout, x = _layout(path, x.shape), x.astype(jnp.float32)
             if layout.inputs:
-                rows = 1
-                for axis in layout.inputs:
-                    rows *= x.shape[axis]
-                x = x.reshape(x.shape[0], rows, -1)
+                x = x.reshape(x.shape[0], math.prod(x.shape[axis] for axis in layout.inputs), -1)
             (stacks if layout.stacked else rest).append(x)
         return stacks, rest
 

@@ -160,7 +160,7 @@ def test_peft_reads_the_exported_layout_as_the_same_model(base, tmp_path):
     theirs.tie_weights()
     model = peft.PeftModel.from_pretrained(theirs, tmp_path)
     with torch.no_grad():
-        expected_BTV = model(torch.from_numpy(np.asarray(TOKENS)).long()).logits.numpy()
+        expected_BTV = model(torch.tensor(np.array(TOKENS)).long()).logits.numpy()
     both = lora.attach(base, adapter)
     found_BTV = qwen3.logits(both, qwen3.forward(both, TOKENS, jnp.ones_like(TOKENS)))
     np.testing.assert_allclose(found_BTV, expected_BTV, atol=1e-4)
