@@ -19,8 +19,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from cacherl_jax import checkpoint, metrics
 from cacherl_jax import corpus as corpora
 from cacherl_jax.cache.best_effort import open_simulator
@@ -376,7 +374,7 @@ def open_cache(run: RunDirectory, split: str, specs: Mapping[str, ToolSpec]) -> 
 
 def load_policy(run: RunDirectory, stage: str, config: Config) -> qwen3.Qwen3:
     """The trained model of a finished stage."""
-    like = qwen3.init(config.model, jax.random.key(0), make_mesh(config.mesh))
+    like = checkpoint.abstract_model(config.model, make_mesh(config.mesh))
     return checkpoint.restore_model(run.out / stage / "checkpoints", like)
 
 

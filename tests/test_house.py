@@ -26,7 +26,7 @@ READMES = sorted([*ROOT.glob("README*.md"), *(ROOT / "experiments").rglob("READM
 # Who may import what of the package, beside its own room. A row names earlier rows only, so imports run one way. Dotted
 # rows are parts that lie below the rest of their room; a room named in a row includes its parts.
 FIRST = {"types", "trajectory", "config", "versions"}
-SECOND = FIRST | {"interrupts", "mesh", "metrics", "text", "tools", "cache"}
+SECOND = FIRST | {"interrupts", "processes", "mesh", "metrics", "text", "tools", "cache"}
 THIRD = SECOND | {"model", "data", "trajectories"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
     "config": {"types"},
     "interrupts": FIRST,
+    "processes": FIRST | {"interrupts"},
     "mesh": FIRST,
     "metrics": FIRST,
     "text": FIRST,
@@ -58,9 +59,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": FIRST | {"mesh", "model", "train.step"},
     "train": THIRD | {"rollout", "reward", "evaluate", "checkpoint"},
     "model_folder": FIRST | {"mesh", "model"},
-    "run_directory": FIRST,
-    "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory"},
-    "rollout_verb": THIRD | {"rollout", "checkpoint", "model_folder", "run_directory", "interrupts"},
+    "run_directory": FIRST | {"processes"},
+    "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "model_folder", "run_directory"},
+    "rollout_verb": THIRD | {"rollout", "checkpoint", "model_folder", "run_directory"},
     "convert_verb": FIRST | {"metrics", "text", "model", "model_folder"},
     "cache_verbs": THIRD | {"evaluate"},
     "cache_cli": {"cache_verbs"},
