@@ -204,7 +204,9 @@ def reinforce(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str,
 
         reference = load_policy(run, "sft", config)
         tasks = load_tasks(run, "train")
-        _, live_calls = grpo.train(config, reference, tok, tasks, specs, training, folder, validate=validate, progress=progress)
+        _, live_calls = grpo.train(
+            config, reference, tok, tasks, specs, training, folder, base=run.out / "sft", validate=validate, progress=progress
+        )
         return {"live_calls": live_calls}
 
     return run.run("grpo", GRPO, body)
