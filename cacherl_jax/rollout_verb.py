@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from cacherl_jax.model import qwen3
     from cacherl_jax.rollout.fork import Replay
     from cacherl_jax.text.tokenizer import Tokenizer
-    from cacherl_jax.types import Task, ToolSpec, Trajectory
+    from cacherl_jax.trajectory import Trajectory
+    from cacherl_jax.types import Task, ToolSpec
 
 # What decides the tokens. Slots do not: rows in use change nothing.
 _PARTS = ("inputs", "seed", "model", "mesh", "cache", "tokenizer") + tuple(

@@ -45,7 +45,8 @@ from cacherl_jax.train import grpo, sft
 from cacherl_jax.trajectories.teacher import ScriptedTeacher
 from cacherl_jax.trajectories.thinking import ThinkingReport, add_thinking
 from cacherl_jax.trajectories.transcripts import read_transcripts, write_transcripts
-from cacherl_jax.types import Task, ToolProvider, ToolSpec, Trajectory, Transcript
+from cacherl_jax.trajectory import Trajectory
+from cacherl_jax.types import Task, ToolProvider, ToolSpec, Transcript
 
 SPLITS = ("train", "validation", "test")
 STORES = {"train": "training.sqlite", "validation": "validation.sqlite", "test": "evaluation.sqlite"}

@@ -25,11 +25,12 @@ READMES = sorted([*ROOT.glob("README*.md"), *(ROOT / "experiments").rglob("READM
 
 # Who may import what of the package, beside its own room. A row names earlier rows only, so imports run one way. Dotted
 # rows are parts that lie below the rest of their room; a room named in a row includes its parts.
-FIRST = {"types", "config", "versions"}
+FIRST = {"types", "trajectory", "config", "versions"}
 SECOND = FIRST | {"interrupts", "mesh", "metrics", "text", "tools", "cache"}
 THIRD = SECOND | {"model", "data", "trajectories"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
+    "trajectory": {"types"},
     "versions": set(),
     "config": {"types"},
     "interrupts": FIRST,

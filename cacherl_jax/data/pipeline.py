@@ -55,13 +55,11 @@ def collate(rows: Sequence[Row], length: int, count: int) -> Batch:
         return out_BT
 
     old = [r.old_logprobs_T for r in rows]
-    advantages_B = np.zeros((count,), np.float32)
-    advantages_B[: len(rows)] = [r.advantage for r in rows]
     return Batch(
         tokens_BT=padded([r.tokens_T for r in rows], np.int32),
         loss_mask_BT=padded([r.mask_T for r in rows], np.float32),
         segment_ids_BT=padded([np.ones(len(r.tokens_T)) for r in rows], np.int32),
-        advantages_B=advantages_B,
+        advantages_BT=padded([np.full(len(r.tokens_T), r.advantage) for r in rows], np.float32),
         behavior_logprobs_BT=padded([r.behavior_logprobs_T for r in rows], np.float32),
         ref_logprobs_BT=padded([r.ref_logprobs_T for r in rows], np.float32),
         old_logprobs_BT=None if any(old_T is None for old_T in old) else padded(old, np.float32),

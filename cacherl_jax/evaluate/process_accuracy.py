@@ -10,7 +10,8 @@ from typing import Any
 from cacherl_jax.cache.key import canonical_call
 from cacherl_jax.evaluate.intervals import Interval, bootstrap_mean, wilson
 from cacherl_jax.reward.answer import answer_reward
-from cacherl_jax.types import Task, ToolCall, ToolSpec, Trajectory
+from cacherl_jax.trajectory import Trajectory
+from cacherl_jax.types import Task, ToolCall, ToolSpec
 
 
 def process_accuracy(task: Task, calls: Sequence[ToolCall], specs: Mapping[str, ToolSpec]) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 
 import jinja2
 
-from cacherl_jax.types import TIER_ORDER, Source, Task, Trajectory
+from cacherl_jax.trajectory import Source, Trajectory
+from cacherl_jax.types import TIER_ORDER, Task
 from cacherl_jax.versions import require
 
 # Colours that stay apart for colour-blind readers (Okabe-Ito), from faithful to not.

@@ -8,17 +8,18 @@ outputs the parity test compares.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from cacherl_jax import mesh as meshes
-from cacherl_jax.config import ModelConfig
-from cacherl_jax.model import rope
-from cacherl_jax.model.attention import attend, attend_cache
+from cacherl_jax.config import MemoryConfig, ModelConfig
+from cacherl_jax.model import attention, rope
 
 
 class Weight(NamedTuple):
@@ -89,6 +90,7 @@ class Qwen3(nnx.Module):
         self.final_norm_D = nnx.Param(tree["final_norm_D"])
         if not config.tie_word_embeddings:
             self.unembed_VD = nnx.Param(tree["unembed_VD"])
+        self.adapter: Any = None  # a lora.Adapter, stacked as the layers are
 
 
 def from_dict(config: ModelConfig, tree: dict[str, Any]) -> Qwen3:
@@ -190,22 +192,49 @@ def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def _qkv(layer: Layers, x_BTD: jax.Array, angles: Any, c: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    h_BTD = rms_norm(x_BTD, layer.attention_norm_D[...], c.rms_norm_eps)
-    q_BTNH = jnp.einsum("BTD,DNH->BTNH", h_BTD, layer.query_DNH[...])
-    k_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, layer.key_DKH[...])
-    v_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, layer.value_DKH[...])
-    q_BTNH = rotate(rms_norm(q_BTNH, layer.query_norm_H[...], c.rms_norm_eps), angles)
-    k_BTKH = rotate(rms_norm(k_BTKH, layer.key_norm_H[...], c.rms_norm_eps), angles)
+# The matrix product of each weight.
+PRODUCTS: dict[str, str] = {
+    "query_DNH": "BTD,DNH->BTNH",
+    "key_DKH": "BTD,DKH->BTKH",
+    "value_DKH": "BTD,DKH->BTKH",
+    "output_NHD": "BTNH,NHD->BTD",
+    "gate_DF": "BTD,DF->BTF",
+    "up_DF": "BTD,DF->BTF",
+    "down_FD": "BTF,FD->BTD",
+}
+
+
+class Layer(NamedTuple):
+    """One layer inside a scan: its parameters, and its part of the adapter or None."""
+
+    weights: Layers
+    adapter: Any
+
+    def project(self, name: str, x: jax.Array) -> jax.Array:
+        """x W, and with an adapter for that weight x W + scale (x A) B."""
+        y = jnp.einsum(PRODUCTS[name], x, getattr(self.weights, name)[...])
+        factors = getattr(self.adapter, name, None)
+        if factors is None:
+            return y
+        (inputs, _, outputs), weight = PRODUCTS[name].replace("->", ",").split(","), name.rsplit("_", 1)[1]
+        shared = "".join(axis for axis in weight if axis in inputs)
+        xa = jnp.einsum(f"{inputs},{shared}R->BTR", x, factors.a[...])
+        return y + self.adapter.scale * jnp.einsum(f"BTR,R{outputs[2:]}->{outputs}", xa, factors.b[...])
+
+
+def _qkv(layer: Layer, x_BTD: jax.Array, angles: Any, c: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    h_BTD = rms_norm(x_BTD, layer.weights.attention_norm_D[...], c.rms_norm_eps)
+    q_BTNH, k_BTKH, v_BTKH = (layer.project(name, h_BTD) for name in ("query_DNH", "key_DKH", "value_DKH"))
+    q_BTNH = rotate(rms_norm(q_BTNH, layer.weights.query_norm_H[...], c.rms_norm_eps), angles)
+    k_BTKH = rotate(rms_norm(k_BTKH, layer.weights.key_norm_H[...], c.rms_norm_eps), angles)
     return q_BTNH, k_BTKH, v_BTKH
 
 
-def _finish(layer: Layers, x_BTD: jax.Array, o_BTNH: jax.Array, c: ModelConfig) -> jax.Array:
-    x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", o_BTNH, layer.output_NHD[...])
-    h_BTD = rms_norm(x_BTD, layer.mlp_norm_D[...], c.rms_norm_eps)
-    gate_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", h_BTD, layer.gate_DF[...]))
-    up_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, layer.up_DF[...])
-    return x_BTD + jnp.einsum("BTF,FD->BTD", gate_BTF * up_BTF, layer.down_FD[...])
+def _finish(layer: Layer, x_BTD: jax.Array, o_BTNH: jax.Array, c: ModelConfig) -> jax.Array:
+    x_BTD = x_BTD + layer.project("output_NHD", o_BTNH)
+    h_BTD = rms_norm(x_BTD, layer.weights.mlp_norm_D[...], c.rms_norm_eps)
+    gate_BTF = jax.nn.silu(layer.project("gate_DF", h_BTD))
+    return x_BTD + layer.project("down_FD", gate_BTF * layer.project("up_DF", h_BTD))
 
 
 # ---- forward: training and scoring -----------------------------------------------------------------------------------
@@ -218,24 +247,77 @@ def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
     return index_T - jax.lax.cummax(jnp.where(starts_BT, index_T, 0), axis=1)
 
 
-def forward(model: Qwen3, tokens_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
+@dataclass(frozen=True)
+class Execution:
+    """How a forward pass is carried out; it changes memory and time, not what is computed beyond rounding."""
+
+    mesh: Mesh | None = None  # where the parameters and the batch lie; None: on one device
+    memory: MemoryConfig = MemoryConfig()
+
+    def dtype(self, c: ModelConfig) -> Any:
+        """Of matrix products and of what flows between layers."""
+        return jnp.dtype(c.dtype if self.memory.compute == "weights" else self.memory.compute)
+
+
+def forward(
+    model: Qwen3,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    execution: Execution = Execution(),
+) -> jax.Array:
     """Hidden states after the final norm, [B, T, D]. Attention is causal and stays within a segment; 0 is padding."""
-    c = model.config
+    c, mesh = model.config, execution.mesh
+    dtype = execution.dtype(c)
     if positions_BT is None:
         positions_BT = segment_positions(segment_ids_BT)
     angles = rope_angles(positions_BT, c)
-    T = tokens_BT.shape[1]
-    causal_TS = jnp.tril(jnp.ones((T, T), bool))[None]
-    mask_BTS = causal_TS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
-    x_BTD = jnp.take(model.embed_VD[...], tokens_BT, axis=0)
+    x_BTD = embed(model.embed_VD[...], tokens_BT, dtype, mesh)
 
-    def block(x_BTD: jax.Array, layer: Layers) -> tuple[jax.Array, None]:
+    def block(x_BTD: jax.Array, stacked: tuple[Layers, Any]) -> tuple[jax.Array, None]:
+        layer = Layer(*jax.tree.map(lambda w: w.astype(dtype), stacked))
         q_BTNH, k_BTKH, v_BTKH = _qkv(layer, x_BTD, angles, c)
-        o_BTNH = attend(q_BTNH, k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3), mask_BTS)
-        return _finish(layer, x_BTD, o_BTNH, c), None
+        o_BTNH = attention.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, mesh)
+        return meshes.constrain(_finish(layer, x_BTD, o_BTNH, c), mesh, meshes.HIDDEN_BTD), None
 
-    x_BTD, _ = jax.lax.scan(block, x_BTD, model.layers)
-    return rms_norm(x_BTD, model.final_norm_D[...], c.rms_norm_eps)
+    x_BTD, _ = jax.lax.scan(_remat(block, execution.memory.remat), x_BTD, (model.layers, model.adapter))
+    return rms_norm(x_BTD, model.final_norm_D[...].astype(dtype), c.rms_norm_eps)
+
+
+def _remat(block: Any, policy: str) -> Any:
+    """The block, whose backward pass computes again what the policy does not keep."""
+    policies = jax.checkpoint_policies
+    if policy == "none":
+        return block
+    attended = policies.save_only_these_names(attention.SAVED)
+    kept = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attended)
+    # Inside a scan nothing can merge the two computations: prevent_cse would only cost.
+    return jax.checkpoint(block, policy=kept if policy == "dots" else policies.nothing_saveable, prevent_cse=False)
+
+
+def embed(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    """The tokens' rows of the embedding, [B, T, D].
+
+    On a mesh each device looks all tokens of its group up in its own slice, and the slices change places: the table itself
+    never moves, and its gradient is summed in its own dtype where it lies.
+    """
+    if mesh is None:
+        return jnp.take(embed_VD, tokens_BT, axis=0).astype(dtype)
+
+    def local(slice_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        tokens_GBT = jax.lax.all_gather(tokens_BT, meshes.SHARDED)
+        if mesh.shape["tp"] == 1:
+            x_GBTD = jnp.take(slice_VD, tokens_GBT, axis=0).astype(dtype)
+        else:
+            V = slice_VD.shape[0]
+            own_GBT = tokens_GBT - V * jax.lax.axis_index("tp")
+            found_GBTD = jnp.take(slice_VD, jnp.clip(own_GBT, 0, V - 1), axis=0).astype(dtype)
+            x_GBTD = jnp.where(((own_GBT >= 0) & (own_GBT < V))[..., None], found_GBTD, 0)
+            x_GBTD = jax.lax.psum(x_GBTD, "tp")
+        return jax.lax.all_to_all(x_GBTD, meshes.SHARDED, split_axis=0, concat_axis=3, tiled=True)[0]
+
+    specs = P("tp", meshes.SHARDED), meshes.TOKENS_BT
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=meshes.HIDDEN_BTD, check_vma=False)(embed_VD, tokens_BT)
 
 
 def unembedding(model: Qwen3) -> jax.Array:
@@ -287,12 +369,13 @@ def extend(
     x_BTD = jnp.take(model.embed_VD[...], tokens_BT, axis=0)
 
     def block(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-        layer, index = xs
+        weights, adapter, index = xs
+        layer = Layer(weights, adapter)
         q_BTNH, k_BTKH, v_BTKH = _qkv(layer, x_BTD, angles, c)
-        o_BTNH = attend_cache(q_BTNH, k_BTKH, v_BTKH, cache.k_LBKSH, cache.v_LBKSH, index, read_B, rows_B)
+        o_BTNH = attention.attend_cache(q_BTNH, k_BTKH, v_BTKH, cache.k_LBKSH, cache.v_LBKSH, index, read_B, rows_B)
         return _finish(layer, x_BTD, o_BTNH, c), (k_BTKH, v_BTKH)
 
-    layers = (model.layers, jnp.arange(c.num_layers, dtype=jnp.int32))
+    layers = (model.layers, model.adapter, jnp.arange(c.num_layers, dtype=jnp.int32))
     x_BTD, (k_LBTKH, v_LBTKH) = jax.lax.scan(block, x_BTD, layers)
     new = KVCache(k_LBTKH.transpose(0, 1, 3, 2, 4), v_LBTKH.transpose(0, 1, 3, 2, 4))
     cache = _write(cache, new, starts_B, counts_B, jnp.arange(B, dtype=jnp.int32) if rows_B is None else rows_B)

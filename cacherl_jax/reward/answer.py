@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from cacherl_jax.types import StopReason, Task, Trajectory
+from cacherl_jax.trajectory import StopReason, Trajectory
+from cacherl_jax.types import Task
 
 # An answer may use this many words for each fact before more of them stop helping: listing everything is no answer.
 WORDS_PER_FACT = 30

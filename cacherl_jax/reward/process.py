@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cacherl_jax.cache.key import canonical_call
-from cacherl_jax.types import Task, ToolCall, ToolSpec, Trajectory
+from cacherl_jax.trajectory import Trajectory
+from cacherl_jax.types import Task, ToolCall, ToolSpec
 
 
 @dataclass(frozen=True)

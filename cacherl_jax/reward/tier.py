@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from cacherl_jax.types import Tier, Trajectory
+from cacherl_jax.trajectory import Trajectory
+from cacherl_jax.types import Tier
 
 # The paper's weights by the worst tier of a rollout (paper.md, section 3). It names three tiers; a miss is answered worse
 # than best effort, an adapted answer no better than fuzzy, and live or no calls are as good as exact.

@@ -18,19 +18,8 @@ from cacherl_jax.text import chat
 from cacherl_jax.text.chat import MalformedCall, ParsedTurn, Piece
 from cacherl_jax.text.tokenizer import Tokenizer
 from cacherl_jax.tools.registry import check_call, error_result
-from cacherl_jax.types import (
-    Kind,
-    Observation,
-    Source,
-    StopReason,
-    Task,
-    Tier,
-    ToolCall,
-    ToolFailure,
-    ToolResult,
-    ToolSpec,
-    Trajectory,
-)
+from cacherl_jax.trajectory import Source, StopReason, Trajectory
+from cacherl_jax.types import Kind, Observation, Task, Tier, ToolCall, ToolFailure, ToolResult, ToolSpec
 
 
 @dataclass(frozen=True)

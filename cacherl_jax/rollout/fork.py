@@ -13,7 +13,8 @@ import numpy as np
 
 from cacherl_jax.rollout.agent_loop import CallTools, Episode, Inject, Step
 from cacherl_jax.rollout.tool_calls import ToolCalls, make_calls
-from cacherl_jax.types import Observation, Source, ToolSession, Trajectory
+from cacherl_jax.trajectory import Source, Trajectory
+from cacherl_jax.types import Observation, ToolSession
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cacherl_jax.types import Trajectory
+from cacherl_jax.trajectory import Trajectory
 
 
 def agree(numbers: Sequence[int]) -> list[int]:

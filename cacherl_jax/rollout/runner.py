@@ -27,7 +27,8 @@ from cacherl_jax.rollout.tool_calls import Answer, ToolCalls
 from cacherl_jax.text import chat
 from cacherl_jax.text.chat import Piece
 from cacherl_jax.text.tokenizer import Tokenizer
-from cacherl_jax.types import Task, ToolProvider, ToolSpec, Trajectory
+from cacherl_jax.trajectory import Trajectory
+from cacherl_jax.types import Task, ToolProvider, ToolSpec
 
 POLL = 0.1  # seconds at most that the host waits for tools before it looks again for Ctrl-C and for other processes
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cacherl_jax.types import Trajectory
+from cacherl_jax.trajectory import Trajectory
 
 
 def read_stream(path: Path) -> dict[tuple[str, int], Trajectory]:

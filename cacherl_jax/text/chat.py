@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from cacherl_jax.text.tokenizer import IM_END, IM_START, Tokenizer
-from cacherl_jax.types import Message, Segment, Source, ToolCall, ToolSpec, Transcript
+from cacherl_jax.trajectory import Segment, Source
+from cacherl_jax.types import Message, ToolCall, ToolSpec, Transcript
 
 Piece = tuple[Source, list[int], int | None]
 

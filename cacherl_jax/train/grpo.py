@@ -29,7 +29,8 @@ from cacherl_jax.tools import registry
 from cacherl_jax.train import advantages, agreement
 from cacherl_jax.train import step as steps
 from cacherl_jax.train.optimizer import make_optimizer
-from cacherl_jax.types import Batch, Task, ToolProvider, ToolSpec, Trajectory
+from cacherl_jax.trajectory import Trajectory
+from cacherl_jax.types import Batch, Task, ToolProvider, ToolSpec
 
 Placed = Sequence[tuple[Batch, list[int]]]  # batches on the mesh, with the indices of their rows
 

@@ -6,46 +6,93 @@ the unembedding matrix come as arrays.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from cacherl_jax import mesh as meshes
 
 Metrics = dict[str, jax.Array]
 
 
 def token_logprobs(
-    hidden_BTD: jax.Array, unembed_VD: jax.Array, tokens_BT: jax.Array, *, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """Logprob in nats of each token given those before it, and the entropy of that prediction; both [B, T] float32.
+    hidden_BTD: jax.Array,
+    unembed_VD: jax.Array,
+    tokens_BT: jax.Array,
+    *,
+    chunk: int,
+    mesh: Mesh | None = None,
+    entropy: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Logprob in nats of each token given those before it and, if asked, the entropy of that prediction; [B, T] float32.
 
-    Entry t belongs to token t and is computed from hidden state t-1; entry 0 of each row is 0. Logits exist for `chunk`
-    positions at a time and are computed again in the backward pass, so that [B, T, V] is never built.
+    Entry t belongs to token t and is computed from hidden state t-1; entry 0 of each row is 0. Logits exist for about
+    `chunk` positions of a device at a time and are computed again in the backward pass, so that [B, T, V] is never built.
+    On a mesh each device takes its own positions, against the vocabulary of its tp group.
     """
-    B, T, D = hidden_BTD.shape
-    hidden_ND = hidden_BTD[:, :-1].reshape(-1, D)
-    targets_N = tokens_BT[:, 1:].reshape(-1)
-    N = hidden_ND.shape[0]
+    next_BT = jnp.roll(tokens_BT, -1, axis=1)  # the last entry of a row is dropped below
+    if mesh is None:
+        logprobs_BT, entropy_BT = _next_logprobs(hidden_BTD, unembed_VD, next_BT, chunk, entropy, tp=1)
+    else:
+
+        def local(hidden_BTD: jax.Array, slice_VD: jax.Array, next_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+            gathered_VD = jax.lax.all_gather(slice_VD.astype(hidden_BTD.dtype), meshes.SHARDED, axis=1, tiled=True)
+            return _next_logprobs(hidden_BTD, gathered_VD, next_BT, chunk, entropy, tp=mesh.shape["tp"])
+
+        tokens = meshes.TOKENS_BT
+        logprobs_BT, entropy_BT = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(meshes.HIDDEN_BTD, P("tp", meshes.SHARDED), tokens),
+            out_specs=(tokens, tokens if entropy else None),
+            check_vma=False,
+        )(hidden_BTD, unembed_VD, next_BT)
+
+    def aligned(x_BT: jax.Array) -> jax.Array:
+        return jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0)))
+
+    return aligned(logprobs_BT), None if entropy_BT is None else aligned(entropy_BT)
+
+
+def _next_logprobs(
+    hidden_BTD: jax.Array, unembed_VD: jax.Array, next_BT: jax.Array, chunk: int, entropy: bool, tp: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """Of the token that follows each position; unembed_VD holds this device's part of the vocabulary, of `tp` parts."""
+    (B, T, D), V = hidden_BTD.shape, unembed_VD.shape[0]
+    chunks = -(-B * T // chunk)
+    size = -(-B * T // chunks)
+    pad = chunks * size - B * T
+    hidden_MCD = jnp.pad(hidden_BTD.reshape(-1, D), ((0, pad), (0, 0))).reshape(chunks, size, D)
+    next_MC = jnp.pad(next_BT.reshape(-1), (0, pad)).reshape(chunks, size)
+    first = jax.lax.axis_index("tp") * V if tp > 1 else 0
+    weights32_VD = unembed_VD.astype(jnp.float32)  # so that gradients of chunks are summed in float32
+
+    def over_tp(reduce: Any, x: jax.Array) -> jax.Array:
+        return reduce(x, "tp") if tp > 1 else x
 
     @jax.checkpoint
-    def of_chunk(hidden_CD: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, unembed_VD, preferred_element_type=jnp.float32)
-        normalizer_C = jax.nn.logsumexp(logits_CV, axis=-1)
-        chosen_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
-        mean_C = (jnp.exp(logits_CV - normalizer_C[:, None]) * logits_CV).sum(axis=-1)
+    def of_chunk(hidden_CD: jax.Array, next_C: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        weights_VD = weights32_VD.astype(hidden_CD.dtype)
+        logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, weights_VD, preferred_element_type=jnp.float32)
+        largest_C1 = over_tp(jax.lax.pmax, jax.lax.stop_gradient(logits_CV.max(axis=-1, keepdims=True)))
+        exps_CV = jnp.exp(logits_CV - largest_C1)
+        sum_C = over_tp(jax.lax.psum, exps_CV.sum(axis=-1))
+        normalizer_C = jnp.log(sum_C) + largest_C1[:, 0]
+        is_next_CV = jnp.arange(V, dtype=jnp.int32)[None] == (next_C - first)[:, None]
+        chosen_C = over_tp(jax.lax.psum, jnp.where(is_next_CV, logits_CV, 0.0).sum(axis=-1))
+        if not entropy:
+            return chosen_C - normalizer_C, None
+        mean_C = over_tp(jax.lax.psum, (exps_CV * logits_CV).sum(axis=-1)) / sum_C
         return chosen_C - normalizer_C, jax.lax.stop_gradient(normalizer_C - mean_C)
 
-    if chunk >= N:
-        logprobs_N, entropy_N = of_chunk(hidden_ND, targets_N)
+    if chunks == 1:
+        found = of_chunk(hidden_MCD[0], next_MC[0])
     else:
-        pad = -N % chunk
-        hidden_MCD = jnp.pad(hidden_ND, ((0, pad), (0, 0))).reshape(-1, chunk, D)
-        targets_MC = jnp.pad(targets_N, (0, pad)).reshape(-1, chunk)
-        logprobs_MC, entropy_MC = jax.lax.map(lambda x: of_chunk(*x), (hidden_MCD, targets_MC))
-        logprobs_N, entropy_N = logprobs_MC.reshape(-1)[:N], entropy_MC.reshape(-1)[:N]
-
-    def aligned(x_N: jax.Array) -> jax.Array:
-        return jnp.pad(x_N.reshape(B, T - 1), ((0, 0), (1, 0)))
-
-    return aligned(logprobs_N), aligned(entropy_N)
+        found = jax.lax.map(lambda x: of_chunk(*x), (hidden_MCD, next_MC))
+    return jax.tree.map(lambda x: x.reshape(-1)[: B * T].reshape(B, T), found)
 
 
 def masked_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
@@ -69,7 +116,7 @@ def grpo_loss(
     behavior_logprobs_BT: jax.Array,
     ref_logprobs_BT: jax.Array,
     mask_BT: jax.Array,
-    advantages_B: jax.Array,
+    advantages_BT: jax.Array,
     old_logprobs_BT: jax.Array | None = None,
     *,
     clip_low: float,
@@ -79,7 +126,7 @@ def grpo_loss(
 ) -> tuple[jax.Array, Metrics]:
     """The clipped policy-gradient loss of GRPO plus a KL penalty, averaged over masked tokens of the whole batch.
 
-    With ratio r = exp(logprob - old) and advantage A of the episode:  -w min(r A, clip(r, 1 - low, 1 + high) A)
+    With ratio r = exp(logprob - old) and advantage A of the token's episode:  -w min(r A, clip(r, 1 - low, 1 + high) A)
     + kl_coef * k3,  k3 = exp(ref - logprob) - (ref - logprob) - 1  (Schulman's non-negative estimator of KL(policy, ref)).
     Source: DeepSeekMath, arXiv 2402.03300, equations 3 and 4; token-level mean over the batch.
 
@@ -98,8 +145,7 @@ def grpo_loss(
     importance_BT = jnp.exp(jnp.where(mask_BT > 0, old_BT - behavior_logprobs_BT, 0.0))
     weight_BT = jnp.minimum(importance_BT, importance_cap)  # no gradient: old and behavior are constants
     clipped_BT = jnp.clip(ratio_BT, 1.0 - clip_low, 1.0 + clip_high)
-    advantages_B1 = advantages_B[:, None]
-    policy_BT = -weight_BT * jnp.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
+    policy_BT = -weight_BT * jnp.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT)
     gap_BT = jnp.where(mask_BT > 0, ref_logprobs_BT - logprobs_BT, 0.0)
     kl_BT = jnp.exp(gap_BT) - gap_BT - 1.0
     policy, kl = masked_mean(policy_BT, mask_BT), masked_mean(kl_BT, mask_BT)

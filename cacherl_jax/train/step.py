@@ -14,23 +14,21 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from cacherl_jax.model import qwen3
+from cacherl_jax.model.qwen3 import Execution
 from cacherl_jax.train import losses
 from cacherl_jax.types import Batch
 
 jax.tree_util.register_dataclass(Batch, data_fields=[f.name for f in dataclasses.fields(Batch)], meta_fields=[])
 
-# Tokens whose logits exist at one time: [LOGIT_CHUNK, V] is the largest array over the vocabulary.
-LOGIT_CHUNK = 4096
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What training changes: the model, the optimizer's state, and the number of updates made."""
+    """What training changes: the weights that are trained, the optimizer's state, and the number of updates made."""
 
-    model: Any  # qwen3.Qwen3; optax types know arrays alone
+    model: Any  # a qwen3.Qwen3, or a lora.Adapter of a frozen one; optax types know arrays alone
     opt_state: Any
     step: jax.Array
 
@@ -39,36 +37,51 @@ class TrainState:
         return cls(model, tx.init(cast(Any, model)), jnp.zeros((), jnp.int32))
 
 
-def _logprobs(model: qwen3.Qwen3, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    hidden_BTD = qwen3.forward(model, batch.tokens_BT, batch.segment_ids_BT)
-    return losses.token_logprobs(hidden_BTD, qwen3.unembedding(model), batch.tokens_BT, chunk=LOGIT_CHUNK)
+def _logprobs(
+    model: qwen3.Qwen3, batch: Batch, execution: Execution, *, entropy: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    hidden_BTD = qwen3.forward(model, batch.tokens_BT, batch.segment_ids_BT, execution=execution)
+    return losses.token_logprobs(
+        hidden_BTD,
+        qwen3.unembedding(model),
+        batch.tokens_BT,
+        chunk=execution.memory.logit_chunk,
+        mesh=execution.mesh,
+        entropy=entropy,
+    )
 
 
-@jax.jit
-def score(model: qwen3.Qwen3, batch: Batch) -> jax.Array:
+@partial(jax.jit, static_argnames="execution")
+def score(model: qwen3.Qwen3, batch: Batch, *, execution: Execution = Execution()) -> jax.Array:
     """Logprob of every token of the batch given those before it, [B, T] float32; entry 0 of a row is 0."""
-    return _logprobs(model, batch)[0]
+    return _logprobs(model, batch, execution)[0]
 
 
 Metrics = dict[str, jax.Array]
 Gradients = tuple[Any, Metrics, jax.Array]  # of one batch: gradients, metrics, logprobs_BT by the model they were taken at
 
 
-@jax.jit
-def sft_gradients(model: qwen3.Qwen3, batch: Batch, share: jax.Array) -> Gradients:
-    """Gradients and metrics of the SFT loss on one batch, both scaled by `share`, its part of the step's tokens."""
+@partial(jax.jit, static_argnames="execution")
+def sft_gradients(
+    trained: Any, frozen: qwen3.Qwen3 | None, batch: Batch, share: jax.Array, *, execution: Execution = Execution()
+) -> Gradients:
+    """Gradients and metrics of the SFT loss on one batch, both scaled by `share`, its part of the step's tokens.
 
-    def loss_fn(model: qwen3.Qwen3) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
-        logprobs_BT, _ = _logprobs(model, batch)
+    `trained` is a model, or the adapter of the model `frozen`; gradients are of `trained` and lie where its weights lie.
+    """
+
+    def loss_fn(trained: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+        logprobs_BT, _ = _logprobs(_model(trained, frozen), batch, execution)
         loss, metrics = losses.sft_loss(logprobs_BT, batch.loss_mask_BT)
         return loss, (metrics | {"loss": loss}, logprobs_BT)
 
-    return _gradients(loss_fn, model, share)
+    return _gradients(loss_fn, trained, share, execution)
 
 
-@partial(jax.jit, static_argnames=("clip_low", "clip_high", "kl_coef", "importance_cap"))
+@partial(jax.jit, static_argnames=("clip_low", "clip_high", "kl_coef", "importance_cap", "execution"))
 def grpo_gradients(
-    model: qwen3.Qwen3,
+    trained: Any,
+    frozen: qwen3.Qwen3 | None,
     batch: Batch,
     share: jax.Array,
     *,
@@ -76,32 +89,51 @@ def grpo_gradients(
     clip_high: float,
     kl_coef: float,
     importance_cap: float,
+    execution: Execution = Execution(),
 ) -> Gradients:
-    """Gradients and metrics of the GRPO loss on one batch, scaled by `share`."""
+    """Gradients and metrics of the GRPO loss on one batch, as `sft_gradients`."""
 
-    def loss_fn(model: qwen3.Qwen3) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
-        logprobs_BT, entropy_BT = _logprobs(model, batch)
+    def loss_fn(trained: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+        logprobs_BT, entropy_BT = _logprobs(_model(trained, frozen), batch, execution, entropy=True)
         loss, metrics = losses.grpo_loss(
             logprobs_BT,
             batch.behavior_logprobs_BT,
             batch.ref_logprobs_BT,
             batch.loss_mask_BT,
-            batch.advantages_B,
+            batch.advantages_BT,
             batch.old_logprobs_BT,
             clip_low=clip_low,
             clip_high=clip_high,
             kl_coef=kl_coef,
             importance_cap=importance_cap,
         )
+        assert entropy_BT is not None
         entropy = losses.masked_mean(entropy_BT, losses.predicted(batch.loss_mask_BT))
         return loss, (metrics | {"loss": loss, "entropy": entropy}, logprobs_BT)
 
-    return _gradients(loss_fn, model, share)
+    return _gradients(loss_fn, trained, share, execution)
 
 
-def _gradients(loss_fn: Callable[..., Any], model: qwen3.Qwen3, share: jax.Array) -> Gradients:
-    gradients, (metrics, logprobs_BT) = jax.grad(loss_fn, has_aux=True)(model)
-    return *jax.tree.map(lambda x: x * share, (gradients, metrics)), logprobs_BT
+def _model(trained: Any, frozen: qwen3.Qwen3 | None) -> qwen3.Qwen3:
+    if frozen is None:
+        return trained
+    from cacherl_jax.model import lora
+
+    return lora.attach(frozen, trained)
+
+
+def _gradients(loss_fn: Callable[..., Any], trained: Any, share: jax.Array, execution: Execution) -> Gradients:
+    gradients, (metrics, logprobs_BT) = jax.grad(loss_fn, has_aux=True)(trained)
+    gradients, metrics = jax.tree.map(lambda x: x * share, (gradients, metrics))
+    return constrained(gradients, execution.mesh), metrics, logprobs_BT
+
+
+def constrained(weights: Any, mesh: Mesh | None) -> Any:
+    """Inside a program: a model, an adapter, or gradients of one, laid out as weights are."""
+    if mesh is None:
+        return weights
+    shardings = qwen3.shardings(weights.config, mesh)
+    return jax.lax.with_sharding_constraint(weights, shardings)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -110,10 +142,13 @@ def _add(total: tuple[Any, Metrics], more: tuple[Any, Metrics]) -> tuple[Any, Me
 
 
 def accumulate(
-    gradients_of: Callable[[qwen3.Qwen3, Batch, jax.Array], Gradients], model: qwen3.Qwen3, batches: Iterable[Batch]
+    gradients_of: Callable[[Any, qwen3.Qwen3 | None, Batch, jax.Array], Gradients],
+    trained: Any,
+    frozen: qwen3.Qwen3 | None,
+    batches: Iterable[Batch],
 ) -> tuple[Any, Metrics, list[jax.Array]]:
     """The gradients and metrics of all `batches` as if they were one, weighted by loss-carrying tokens, and the logprobs_BT
-    of each batch by `model`.
+    of each batch by the model as it is.
 
     Raises ValueError when no token of any batch carries loss.
     """
@@ -124,7 +159,7 @@ def accumulate(
     total: tuple[Any, Metrics] | None = None
     logprobs = []
     for batch, count in zip(batches, tokens, strict=True):
-        gradients, metrics, logprobs_BT = gradients_of(model, batch, jnp.float32(count / sum(tokens)))
+        gradients, metrics, logprobs_BT = gradients_of(trained, frozen, batch, jnp.float32(count / sum(tokens)))
         total = (gradients, metrics) if total is None else _add(total, (gradients, metrics))
         logprobs.append(logprobs_BT)
     assert total is not None

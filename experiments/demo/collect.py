@@ -14,7 +14,8 @@ import numpy as np
 from cacherl_jax import stages
 from cacherl_jax.evaluate.process_accuracy import process_accuracy
 from cacherl_jax.tools.world import tool_specs
-from cacherl_jax.types import Task, Trajectory
+from cacherl_jax.trajectory import Trajectory
+from cacherl_jax.types import Task
 
 HERE = Path(__file__).parent
 

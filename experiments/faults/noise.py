@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from cacherl_jax.types import StopReason
+from cacherl_jax.trajectory import StopReason
 
 TESTS = Path(__file__).parents[2] / "tests" / "rollout"
 PATIENCE = 120.0  # seconds after which an episode counts as hung, and the program ends with its stack

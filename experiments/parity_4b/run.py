@@ -16,6 +16,7 @@ reload       transformers reads what came back; its warnings are counted
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -101,8 +102,8 @@ def ours(work: Path, args: argparse.Namespace) -> dict[str, Any]:
         return qwen3.logits(model, qwen3.forward(model, tokens_BT, jnp.ones_like(tokens_BT)))
 
     for dtype in reversed(DTYPES):
-        # A float32 embedding makes all that follows float32; a layer's weights are converted when the scan reaches it.
-        model = qwen3.from_dict(config, tree | {"embed_VD": tree["embed_VD"].astype(dtype)})
+        # Computed in the configuration's dtype: a layer's weights are converted when the scan reaches it.
+        model = qwen3.from_dict(dataclasses.replace(config, dtype=dtype), tree)
         np.save(work / f"ours-{dtype}.npy", np.asarray(logits(model)))
     return {"devices": str(jax.devices())}
 

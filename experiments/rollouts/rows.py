@@ -33,19 +33,8 @@ from cacherl_jax.rollout import runner
 from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import Tokenizer, train_tokenizer
-from cacherl_jax.types import (
-    Kind,
-    Message,
-    Observation,
-    Source,
-    Task,
-    Tier,
-    ToolCall,
-    ToolProvider,
-    ToolResult,
-    ToolSpec,
-    Trajectory,
-)
+from cacherl_jax.trajectory import Source, Trajectory
+from cacherl_jax.types import Kind, Message, Observation, Task, Tier, ToolCall, ToolProvider, ToolResult, ToolSpec
 
 HERE = Path(__file__).parent
 ROWS, TURNS = 32, 3

@@ -14,7 +14,8 @@ from cacherl_jax.config import ConfigError, DataConfig
 from cacherl_jax.data import sgd
 from cacherl_jax.data.tasks import SgdCorpus
 from cacherl_jax.text import chat
-from cacherl_jax.types import Effects, Message, Source, ToolCall, ToolSpec
+from cacherl_jax.trajectory import Source
+from cacherl_jax.types import Effects, Message, ToolCall, ToolSpec
 
 SCHEMA = [
     {

@@ -6,7 +6,8 @@ from scipy import stats
 
 from cacherl_jax.evaluate.intervals import bootstrap_mean, paired_difference, wilson
 from cacherl_jax.evaluate.process_accuracy import evaluate, milestone_share, process_accuracy
-from cacherl_jax.types import Kind, Observation, StopReason, Task, Tier, ToolCall, ToolResult, ToolSpec, Trajectory
+from cacherl_jax.trajectory import StopReason, Trajectory
+from cacherl_jax.types import Kind, Observation, Task, Tier, ToolCall, ToolResult, ToolSpec
 
 SPECS = {"a": ToolSpec("a", "", {"properties": {"n": {"type": "integer"}}})}
 A, B, C, D = (ToolCall.of(name, n=1) for name in "abcd")

@@ -9,7 +9,8 @@ from cacherl_jax.reward.answer import answer_reward, contains
 from cacherl_jax.reward.process import match_calls, process_reward
 from cacherl_jax.reward.tier import episode_weight, paper_weight
 from cacherl_jax.train.advantages import calibrated, paper
-from cacherl_jax.types import Kind, Observation, StopReason, Task, Tier, ToolCall, ToolResult, Trajectory
+from cacherl_jax.trajectory import StopReason, Trajectory
+from cacherl_jax.types import Kind, Observation, Task, Tier, ToolCall, ToolResult
 
 A, B, C = (ToolCall.of(name, x=1, y="z") for name in "abc")
 NEAR_B = ToolCall.of("b", x=2, y="z")

@@ -15,20 +15,8 @@ from cacherl_jax.rollout.tool_calls import ToolCalls, make_calls
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import train_tokenizer
 from cacherl_jax.tools.registry import error_result
-from cacherl_jax.types import (
-    Effects,
-    Kind,
-    Message,
-    Observation,
-    Source,
-    StopReason,
-    Task,
-    Tier,
-    ToolFailure,
-    ToolResult,
-    ToolSpec,
-    Trajectory,
-)
+from cacherl_jax.trajectory import Source, StopReason, Trajectory
+from cacherl_jax.types import Effects, Kind, Message, Observation, Task, Tier, ToolFailure, ToolResult, ToolSpec
 
 SPECS = {
     "find": ToolSpec("find", "", {"type": "object", "properties": {"q": {}}, "additionalProperties": False}),

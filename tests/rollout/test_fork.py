@@ -15,7 +15,8 @@ from cacherl_jax.rollout.tool_calls import ToolCalls, make_calls
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import train_tokenizer
 from cacherl_jax.tools.functions import FunctionTools, tool
-from cacherl_jax.types import Message, StopReason, Task, Tier, ToolCall, ToolResult, Trajectory, Transcript
+from cacherl_jax.trajectory import StopReason, Trajectory
+from cacherl_jax.types import Message, Task, Tier, ToolCall, ToolResult, Transcript
 
 
 @tool(reads="money", state=True)

@@ -20,7 +20,8 @@ from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import train_tokenizer
 from cacherl_jax.tools.world import LiveTools, make_tasks, tool_specs
 from cacherl_jax.train import step as steps
-from cacherl_jax.types import Kind, Message, Observation, StopReason, Task, Tier, ToolResult
+from cacherl_jax.trajectory import StopReason
+from cacherl_jax.types import Kind, Message, Observation, Task, Tier, ToolResult
 
 SPECS = tool_specs()
 TOK = train_tokenizer([t.messages[0].content for t in make_tasks("train", 60, 0)], chat.template_runs(list(SPECS.values())), 500)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cacherl_jax.rollout.stream import TrajectoryStream, read_stream
-from cacherl_jax.types import StopReason, Trajectory
+from cacherl_jax.trajectory import StopReason, Trajectory
 
 
 def trajectory(task_id="t", sample=0, answer="né \ud83d\u2028"):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from cacherl_jax.text import chat
 from cacherl_jax.text.chat import MalformedCall
 from cacherl_jax.text.tokenizer import CONTROL, train_tokenizer
-from cacherl_jax.types import Message, Source, ToolCall, ToolSpec, Transcript
+from cacherl_jax.trajectory import Source
+from cacherl_jax.types import Message, ToolCall, ToolSpec, Transcript
 
 SPEC = ToolSpec(
     "get_order",

@@ -34,9 +34,9 @@ def test_token_logprobs_equal_full_softmax_in_any_chunk(chunk):
 
 
 def arrays():
-    """(logprobs, behavior, ref, old), each [B, T], and advantages_B."""
+    """(logprobs, behavior, ref, old) and advantages_BT, each [B, T]."""
     logprobs, behavior, ref, old = (jnp.asarray(-RNG.random((B, T)) * 2, jnp.float32) for _ in range(4))
-    return (logprobs, behavior, ref, old), jnp.asarray(RNG.normal(size=B), jnp.float32)
+    return (logprobs, behavior, ref, old), jnp.asarray(RNG.normal(size=(B, T)), jnp.float32)
 
 
 LOSS = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.1, "importance_cap": 2.0}
@@ -44,9 +44,9 @@ LOSS = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.1, "importance_cap": 2.0
 
 @pytest.mark.parametrize("first_update", [True, False])
 def test_grpo_loss_equals_numpy_term_by_term(first_update):
-    (logprobs_BT, behavior_BT, ref_BT, old_BT), advantages_B = arrays()
+    (logprobs_BT, behavior_BT, ref_BT, old_BT), advantages_BT = arrays()
     loss, metrics = grpo_loss(
-        logprobs_BT, behavior_BT, ref_BT, MASK_BT, advantages_B, None if first_update else old_BT,
+        logprobs_BT, behavior_BT, ref_BT, MASK_BT, advantages_BT, None if first_update else old_BT,
         clip_low=0.1, clip_high=0.3, kl_coef=0.7, importance_cap=1.2,
     )  # fmt: skip
     old_BT = logprobs_BT if first_update else old_BT
@@ -58,7 +58,7 @@ def test_grpo_loss_equals_numpy_term_by_term(first_update):
                 inside = min(max(ratio, 0.9), 1.3)
                 importance = float(np.exp(old_BT[b, t] - behavior_BT[b, t]))
                 weight = min(importance, 1.2)
-                policy -= weight * min(ratio * float(advantages_B[b]), inside * float(advantages_B[b]))
+                policy -= weight * min(ratio * float(advantages_BT[b, t]), inside * float(advantages_BT[b, t]))
                 weights += weight
                 truncated += importance > 1.2
                 gap = float(ref_BT[b, t] - logprobs_BT[b, t])
@@ -75,17 +75,17 @@ def test_grpo_loss_equals_numpy_term_by_term(first_update):
 
 @pytest.mark.parametrize("poison", [0.0, -1e30, np.nan, np.inf])
 def test_masked_tokens_have_exactly_zero_gradient(poison):
-    (logprobs_BT, behavior_BT, ref_BT, old_BT), advantages_B = arrays()
+    (logprobs_BT, behavior_BT, ref_BT, old_BT), advantages_BT = arrays()
     injected_BT = (MASK_BT == 0).at[:, 0].set(True)
     spoiled_BT = jnp.where(injected_BT, poison, logprobs_BT)
 
     others = [jnp.where(injected_BT, poison, x_BT) for x_BT in (behavior_BT, ref_BT, old_BT)]
 
     def first(x_BT):
-        return grpo_loss(x_BT, *others[:2], MASK_BT, advantages_B, **LOSS)[0]
+        return grpo_loss(x_BT, *others[:2], MASK_BT, advantages_BT, **LOSS)[0]
 
     def later(x_BT):
-        return grpo_loss(x_BT, *others[:2], MASK_BT, advantages_B, others[2], **LOSS)[0]
+        return grpo_loss(x_BT, *others[:2], MASK_BT, advantages_BT, others[2], **LOSS)[0]
 
     for loss in (first, later, lambda x_BT: sft_loss(x_BT, MASK_BT)[0]):
         gradient_BT = jax.grad(loss)(spoiled_BT)
@@ -95,10 +95,10 @@ def test_masked_tokens_have_exactly_zero_gradient(poison):
 
 def test_equal_rewards_leave_only_the_kl():
     (logprobs_BT, behavior_BT, ref_BT, old_BT), _ = arrays()
-    zero_B = jnp.zeros(B)
+    zero_BT = jnp.zeros((B, T))
 
     def loss(x_BT, kl_coef):
-        return grpo_loss(x_BT, behavior_BT, ref_BT, MASK_BT, zero_B, old_BT, **LOSS | {"kl_coef": kl_coef})[0]
+        return grpo_loss(x_BT, behavior_BT, ref_BT, MASK_BT, zero_BT, old_BT, **LOSS | {"kl_coef": kl_coef})[0]
 
     assert loss(logprobs_BT, 0.0) == 0 and not jax.grad(loss)(logprobs_BT, 0.0).any()
     assert jax.grad(loss)(logprobs_BT, 1.0).any()
@@ -106,13 +106,13 @@ def test_equal_rewards_leave_only_the_kl():
 
 def test_where_sampler_and_trainer_agree_the_weight_is_exactly_one():
     """The policy's gradient is then that of GRPO without weights: -A/n at each token, before any update."""
-    (logprobs_BT, _, ref_BT, _), advantages_B = arrays()
+    (logprobs_BT, _, ref_BT, _), advantages_BT = arrays()
     options = LOSS | {"kl_coef": 0.0}
-    loss, gradient_BT = jax.value_and_grad(lambda x: grpo_loss(x, logprobs_BT, ref_BT, MASK_BT, advantages_B, **options)[0])(
+    loss, gradient_BT = jax.value_and_grad(lambda x: grpo_loss(x, logprobs_BT, ref_BT, MASK_BT, advantages_BT, **options)[0])(
         logprobs_BT
     )
     mask_BT = np.asarray(MASK_BT.at[:, 0].set(0))
-    expected_BT = -mask_BT * np.asarray(advantages_B)[:, None] / mask_BT.sum()
+    expected_BT = -mask_BT * np.asarray(advantages_BT) / mask_BT.sum()
     np.testing.assert_allclose(gradient_BT, expected_BT, rtol=1e-6)
     assert loss == pytest.approx(expected_BT.sum(), rel=1e-5)
 
@@ -120,7 +120,8 @@ def test_where_sampler_and_trainer_agree_the_weight_is_exactly_one():
 def test_weights_remove_the_bias_of_drawing_from_another_distribution():
     """Tokens drawn from mu, the policy pi is to be improved: the expected gradient, all tokens of a small vocabulary taken
     with their probability under mu, is that of pi's mean advantage. Without weights it is not; a cap keeps a bounded part."""
-    pi_logits_V, mu_logits_V, advantages_V = (jnp.asarray(RNG.normal(size=5), jnp.float32) for _ in range(3))
+    rng = np.random.default_rng(2)  # how much of the bias a cap leaves depends on the draw: here the median, a quarter
+    pi_logits_V, mu_logits_V, advantages_V = (jnp.asarray(rng.normal(size=5), jnp.float32) for _ in range(3))
     mu_V, tokens_V = jax.nn.softmax(mu_logits_V), jnp.arange(5)
 
     def expected_gradient(behavior_logits_V, cap):
@@ -130,7 +131,7 @@ def test_weights_remove_the_bias_of_drawing_from_another_distribution():
             row_BT = jnp.stack([jnp.zeros(()), jax.nn.log_softmax(logits_V)[token]])[None]
             drawn_BT = jnp.stack([jnp.zeros(()), behavior_V[token]])[None]
             options = LOSS | {"kl_coef": 0.0, "importance_cap": cap}
-            return grpo_loss(row_BT, drawn_BT, row_BT, jnp.ones((1, 2)), advantages_V[token][None], **options)[0]
+            return grpo_loss(row_BT, drawn_BT, row_BT, jnp.ones((1, 2)), jnp.full((1, 2), advantages_V[token]), **options)[0]
 
         return mu_V @ jax.vmap(jax.grad(loss), in_axes=(None, 0))(pi_logits_V, tokens_V)
 
@@ -158,8 +159,8 @@ def test_a_planted_disagreement_is_seen_where_it_is_and_its_weight_stops_at_the_
     assert seen["by_position"]["256-511"]["mean"] == pytest.approx(1.5)
     assert gaps([], [], []) == {"mean": 0.0, "max": 0.0, "by_position": {}}
 
-    (logprobs_BT, _, ref_BT, _), advantages_B = arrays()
-    _, metrics = grpo_loss(logprobs_BT, logprobs_BT - 1.5, ref_BT, MASK_BT, advantages_B, **LOSS)
+    (logprobs_BT, _, ref_BT, _), advantages_BT = arrays()
+    _, metrics = grpo_loss(logprobs_BT, logprobs_BT - 1.5, ref_BT, MASK_BT, advantages_BT, **LOSS)
     assert metrics["importance"] == pytest.approx(2.0) and metrics["truncated"] == 1.0  # exp(1.5) is 4.5
-    _, metrics = grpo_loss(logprobs_BT, logprobs_BT + 1.5, ref_BT, MASK_BT, advantages_B, **LOSS)
+    _, metrics = grpo_loss(logprobs_BT, logprobs_BT + 1.5, ref_BT, MASK_BT, advantages_BT, **LOSS)
     assert metrics["importance"] == pytest.approx(np.exp(-1.5), rel=1e-5) and metrics["truncated"] == 0.0
