@@ -53,7 +53,7 @@ UNREAD = {
 }  # fmt: skip
 ROPE = {"rope_theta", "rope_parameters", "rope_scaling"}
 ROPE_TYPES = ("default", "yarn")
-YARN = {f.name: f.default for f in dataclasses.fields(YarnConfig)}  # the names are theirs
+YARN: dict[str, Any] = dataclasses.asdict(YarnConfig())  # the names are theirs
 DTYPES = ("dtype", "torch_dtype")  # transformers 5's name and the one before
 
 

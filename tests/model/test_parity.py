@@ -140,6 +140,9 @@ ROPES = {
     "published": QWEN3_128K,
     "attention factor": dataclasses.replace(QWEN3_128K, yarn=YarnConfig(factor=2.0, attention_factor=1.2, beta_fast=20.0)),
     "no ramp": dataclasses.replace(ODD, yarn=YarnConfig(factor=8.0, original_max_position_embeddings=4)),
+    "ramp beyond the last pair": dataclasses.replace(
+        ODD, rope_theta=10.0, yarn=YarnConfig(factor=3.0, original_max_position_embeddings=4096, beta_fast=300.0)
+    ),
     "plain": dataclasses.replace(QWEN3_128K, yarn=YarnConfig()),
 }
 
