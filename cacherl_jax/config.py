@@ -95,6 +95,11 @@ class LoraConfig:
         "query", "key", "value", "output", "gate", "up", "down",
     )  # fmt: skip
 
+    def __post_init__(self) -> None:
+        _require(
+            not self.rank or bool(self.matrices), f"lora.matrices is empty; with lora.rank={self.rank} nothing would be trained"
+        )
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -178,6 +183,12 @@ class OptimizerConfig:
     clip_norm: PositiveRate = 1.0
     b1: Share = 0.9
     b2: Share = 0.95
+
+    def __post_init__(self) -> None:
+        _require(
+            self.name == "adamw" or self.moments == "float32",
+            f"optimizer.moments={self.moments!r} is for adamw; optimizer.name is {self.name!r}",
+        )
 
 
 @dataclass(frozen=True)

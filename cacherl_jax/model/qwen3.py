@@ -90,7 +90,7 @@ class Qwen3(nnx.Module):
         self.final_norm_D = nnx.Param(tree["final_norm_D"])
         if not config.tie_word_embeddings:
             self.unembed_VD = nnx.Param(tree["unembed_VD"])
-        self.adapter: Any = None  # a lora.Adapter, stacked as the layers are
+        self.adapter: Any = nnx.data(None)  # or a lora.Adapter, stacked as the layers are
 
 
 def from_dict(config: ModelConfig, tree: dict[str, Any]) -> Qwen3:
