@@ -26,7 +26,7 @@ from cacherl_jax.data.pipeline import bucket_lengths, rows_per_batch
 from cacherl_jax.model import lora, qwen3
 from cacherl_jax.rollout import engine
 from cacherl_jax.train import step as steps
-from cacherl_jax.train.optimizer import make_optimizer, state_shardings
+from cacherl_jax.train.optimizer import make_optimizer
 from cacherl_jax.types import Batch
 
 STOP_IDS = (151_645, 151_643)  # Qwen3's <|im_end|> and <|endoftext|>; which ones they are changes no program's size
@@ -97,10 +97,18 @@ def adapter_of(model: ModelConfig, config: LoraConfig, mesh: Mesh) -> lora.Adapt
 
 
 def state_of(trained: Any, tx: optax.GradientTransformation, mesh: Mesh) -> steps.TrainState:
-    state = jax.eval_shape(lambda model: tx.init(model), trained)
-    return steps.TrainState(
-        trained, placed(state, state_shardings(tx, trained)), jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
-    )
+    """A moment lies where the weight lies that it belongs to: the one of its shape at the end of its path. The rest, which
+    is small, lies on every device."""
+    weights = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(trained)]
+    whole = NamedSharding(mesh, P())
+
+    def of(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path)
+        own = (w.sharding for suffix, w in weights if name.endswith(suffix) and w.shape == x.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=next(own, whole))
+
+    opt_state = jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, trained))
+    return steps.TrainState(trained, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=whole))
 
 
 def training(config: Config, step: str, mesh: Mesh) -> tuple[list[Program], int, Work]:
