@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cacherl_jax.config import Config, ConfigError, LoraConfig, with_overrides
+from cacherl_jax.config import Config, ConfigError, with_overrides
 from cacherl_jax.plan.topology import GIB, Topology, twice
 
 ROOM = 0.97  # of the limit: what the count may promise
@@ -31,8 +31,8 @@ def candidates(config: Config, topology: Topology, step: str) -> Iterator[Change
     memory, mesh = config.memory, config.mesh
     if step in ("sft", "grpo"):
         part = config.sft if step == "sft" else config.grpo
-        if memory.logit_chunk > 512:
-            yield setting(f"memory.logit_chunk={max(512, memory.logit_chunk // 4)}")
+        if memory.logit_chunk > 256:
+            yield setting(f"memory.logit_chunk={1024 if memory.logit_chunk > 1024 else 256}")
         if memory.remat != "full":
             yield setting("memory.remat=full")
         if memory.compute == "weights" and config.model.dtype == "float32":
@@ -54,7 +54,7 @@ def candidates(config: Config, topology: Topology, step: str) -> Iterator[Change
         wider = replace(config, mesh=replace(mesh, fsdp=mesh.fsdp * ways))
         yield Change(f"--topology {larger.name} --set mesh.fsdp={mesh.fsdp * ways}", wider, larger)
     if step in ("sft", "grpo") and not (config.sft if step == "sft" else config.grpo).lora.rank:
-        yield setting(f"{step}.lora.rank={LoraConfig.rank or 16}")
+        yield setting(f"{step}.lora.rank=16")
 
 
 def count(config: Config, step: str, arguments: int, trained: int, tokens: int) -> int:

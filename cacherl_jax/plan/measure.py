@@ -20,7 +20,7 @@ from cacherl_jax.config import Config, ConfigError
 from cacherl_jax.plan import changes, flops, hlo, programs
 from cacherl_jax.plan.topology import GIB, Topology, parse
 
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def devices(topology: Topology) -> list[Any]:
@@ -53,10 +53,10 @@ def compile_step(config: Config, topology: Topology, step: str) -> dict[str, Any
         try:
             compiled = program.lower(*program.arguments).compile()
         except jax.errors.JaxRuntimeError as error:
-            used = _used(str(error))
-            if used is None:
+            needed = _needed(str(error), programs.bytes_of(program.arguments))
+            if needed is None:
                 raise
-            measured.append({"program": program.name, "peak": used + program.resident, "temporaries": None})
+            measured.append({"program": program.name, "peak": needed + program.resident, "temporaries": None})
         else:
             memory = compiled.memory_analysis()
             made = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -88,10 +88,14 @@ def compile_step(config: Config, topology: Topology, step: str) -> dict[str, Any
     }
 
 
-def _used(message: str) -> int | None:
-    """Bytes from "Used 22.80G of 15.75G hbm"; None if the message is about something else."""
-    match = re.search(r"Used ([\d.]+)([KMGT])? of [\d.]+[KMGT]? hbm", message)
-    return int(float(match[1]) * UNITS.get(match[2], 1)) if match else None
+def _needed(message: str, arguments: int) -> int | None:
+    """What the compiler says that a program needs; None if its message is about something else. It names either all that
+    is used in HBM, or temporaries alone when these are more than the chip has."""
+    if match := re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message):
+        return int(float(match[1]) * UNITS[match[2]])
+    if match := re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)", message):
+        return int(float(match[1]) * UNITS[match[2]]) + arguments
+    return None
 
 
 def model_flops(config: Config, step: str, work: programs.Work) -> int:
