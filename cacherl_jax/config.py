@@ -269,6 +269,7 @@ class Config:
 
     name: str = "demo"
     seed: Count = 0
+    weights: str = ""  # a folder made by `cacherl convert`, to start from; "": random weights
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     memory: MemoryConfig = MemoryConfig()

@@ -95,7 +95,8 @@ def row_ways(mesh: Mesh) -> int:
 def place(batch: Any, mesh: Mesh) -> Any:
     """`batch`, a pytree of arrays [B, T], with its rows split over (data, fsdp) and its tokens over seq.
 
-    Raises ConfigError when rows or tokens do not divide.
+    Every process holds the whole batch and gives its own devices their part of it. Raises ConfigError when rows or tokens do
+    not divide.
     """
     ways, seq = row_ways(mesh), mesh.shape["seq"]
 
@@ -104,7 +105,7 @@ def place(batch: Any, mesh: Mesh) -> Any:
             raise ConfigError(f"a batch of {x.shape[0]} rows does not divide over data x fsdp = {ways} devices")
         if x.shape[1] % seq:
             raise ConfigError(f"rows of {x.shape[1]} tokens do not divide over seq = {seq} devices")
-        return jax.device_put(x, NamedSharding(mesh, TOKENS_BT))
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, TOKENS_BT), lambda index: x[index])
 
     return jax.tree.map(put, batch)
 

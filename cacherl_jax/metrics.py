@@ -24,6 +24,23 @@ class Clock:
         self.seconds[name], self._since = now - self._since, now
 
 
+class Rate:
+    """Updates and tokens a second since the last call of `read`, or since it was made."""
+
+    def __init__(self) -> None:
+        self._updates, self._tokens, self._since = 0, 0, time.monotonic()
+
+    def add(self, tokens: int) -> None:
+        self._updates, self._tokens = self._updates + 1, self._tokens + tokens
+
+    def read(self) -> dict[str, float]:
+        """{"seconds": an update's, on average, "tokens_per_second": of all updates together}"""
+        now = time.monotonic()
+        seconds, updates, tokens = max(now - self._since, 1e-9), max(1, self._updates), self._tokens
+        self._updates, self._tokens, self._since = 0, 0, now
+        return {"seconds": seconds / updates, "tokens_per_second": tokens / seconds}
+
+
 class ProgressFactory(Protocol):
     """Makes the bar of one loop."""
 
@@ -51,15 +68,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends rows to a JSON Lines file. Opening at `resume_step` drops rows of later steps, which will be made again."""
+    """Appends rows to a JSON Lines file. Opening at `resume_step` drops rows of later steps, which will be made again.
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
+    `kept` are the others. Of several processes one writes: the rest open it with `writes` False and know what is kept.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int, writes: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
-        if resume_step == 0:
-            kept = []
+        self.kept = [row for row in read_metrics(path) if 0 < resume_step and row["step"] <= resume_step]
+        self._file = None
+        if not writes:
+            return
         temporary = path.with_name(path.name + ".partial")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.kept))
         temporary.replace(path)
         self._file = path.open("a")
 
@@ -67,8 +88,10 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *error: Any) -> Any:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()

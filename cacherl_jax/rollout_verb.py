@@ -98,7 +98,7 @@ def _play(
 ) -> dict[str, Any]:
     import jax
 
-    from cacherl_jax import interrupts
+    from cacherl_jax import interrupts, processes
     from cacherl_jax.rollout import runner
     from cacherl_jax.rollout.engine import Engine
     from cacherl_jax.rollout.stream import TrajectoryStream, read_stream
@@ -118,7 +118,8 @@ def _play(
             engine, engine.place(model), tok, specs, episodes, provider, config.rollout, config.seed,
             replays=replays, finished=finished.values(), on_done=on_done,
         )  # fmt: skip
-    write_lines(folder / "trajectories.jsonl", (t.to_json() for t in trajectories))
+    if processes.is_first():
+        write_lines(folder / "trajectories.jsonl", (t.to_json() for t in trajectories))
     result = summary(trajectories) | {"compilations": engine.compilations()}
     path.unlink()
     return result
@@ -206,7 +207,7 @@ def _policy(
     import jax
 
     from cacherl_jax import model_folder
-    from cacherl_jax.checkpoint import restore_model
+    from cacherl_jax.checkpoint import abstract_model, restore_model
     from cacherl_jax.mesh import make_mesh
     from cacherl_jax.model import qwen3
     from cacherl_jax.text.tokenizer import Tokenizer
@@ -221,8 +222,10 @@ def _policy(
         config = dataclasses.replace(config, model=model_folder.model_config(args.policy))
     else:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tok.vocab_size))
-    model = qwen3.init(config.model, jax.random.key(config.seed), make_mesh(config.mesh))
-    return tok, config, model if args.policy is None else restore_model(args.policy / "checkpoints", model)
+    mesh = make_mesh(config.mesh)
+    if args.policy is None:
+        return tok, config, qwen3.init(config.model, jax.random.key(config.seed), mesh)
+    return tok, config, restore_model(args.policy / "checkpoints", abstract_model(config.model, mesh))
 
 
 def _trained_tokenizer(config: Config, tasks: Sequence[Task], store: SQLiteStore) -> Tokenizer:

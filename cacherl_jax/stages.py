@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from cacherl_jax import checkpoint, metrics
+from cacherl_jax import checkpoint, metrics, model_folder, processes
 from cacherl_jax import corpus as corpora
 from cacherl_jax.cache.best_effort import open_simulator
 from cacherl_jax.cache.fit import fit
@@ -55,7 +54,7 @@ POLICIES = ("sft", "expert_sft", "grpo")
 
 # The configuration that each stage depends on.
 RECORD = ("seed", "data", "cache")
-THINK = (*RECORD, "tokenizer")
+THINK = (*RECORD, "tokenizer", "weights")
 GRPO = (*THINK, "model", "mesh", "sft", "rollout", "grpo")
 
 EVAL_SAMPLE = 0
@@ -100,7 +99,7 @@ def record(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, An
                 write_transcripts(folder / "transcripts.jsonl", transcripts)
         return result
 
-    return run.run("record", RECORD, body)
+    return run.run("record", RECORD, body, alone=True)
 
 
 # ---- think -----------------------------------------------------------------------------------------------------------
@@ -119,8 +118,11 @@ def think(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any
                 thought.append(add_thinking(transcript, teacher, counts))
                 bar.update(1)
         write_transcripts(folder / "transcripts.jsonl", thought)
-        if run.config.tokenizer.path:
-            tok = Tokenizer.load(Path(run.config.tokenizer.path))
+        folder_of_tokenizer = _given_tokenizer(run.config)
+        if folder_of_tokenizer is not None:
+            tok = Tokenizer.load(folder_of_tokenizer)
+            # With all that stands beside it, such as config.json: `convert --to-hf` of a stage gives it back.
+            shutil.copytree(folder_of_tokenizer, folder / "tokenizer", dirs_exist_ok=True)
         else:
             texts = (text for transcript in thought for text in _texts(transcript))
             # Tools that training never shows get no tokens of their own: their definitions are read as text.
@@ -130,10 +132,16 @@ def think(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any
                 tok = train_tokenizer(texts, runs, run.config.tokenizer.vocab_size)
             except ValueError as error:
                 raise ConfigError(f"tokenizer.vocab_size: {error}") from error
-        tok.save(folder / "tokenizer")
+            tok.save(folder / "tokenizer")
         return {"transcripts": len(thought), "unreadable": problems, "vocab_size": tok.vocab_size} | counts.to_json()
 
-    return run.run("think", THINK, body)
+    return run.run("think", THINK, body, alone=True)
+
+
+def _given_tokenizer(config: Config) -> Path | None:
+    if config.tokenizer.path:
+        return Path(config.tokenizer.path)
+    return model_folder.tokenizer_folder(Path(config.weights)) if config.weights else None
 
 
 def _texts(transcript: Transcript) -> Iterable[str]:
@@ -226,7 +234,9 @@ def evaluate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, 
                             engine, model, tok, specs, [(task, EVAL_SAMPLE) for task in tasks], provider, sampling,
                             config.seed, on_done=lambda _: bar.update(1),
                         )  # fmt: skip
-                        write_lines(path, (t.to_json() for t in trajectories))
+                        if processes.is_first():
+                            write_lines(path, (t.to_json() for t in trajectories))
+                        processes.wait()
                     else:
                         bar.update(len(tasks))
                     trajectories = load_trajectories(path)
@@ -256,7 +266,9 @@ def _correct(path: Path, tasks: Sequence[Task], specs: Mapping[str, ToolSpec]) -
 
 
 def summarise(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any]:
-    """summary.json, the figure, the table and the page of trajectories. Made anew at every call."""
+    """summary.json, the figure, the table and the page of trajectories. Made anew at every call, by the first process."""
+    if not processes.is_first():
+        return {}
     results, rl, recorded = run.require("eval"), run.require("grpo"), run.require("record")
     specs, tok = load_specs(run), load_tokenizer(run)
     tasks = {task.id: task for task in load_tasks(run, "test")}
@@ -358,10 +370,34 @@ def load_tokenizer(run: RunDirectory) -> Tokenizer:
     return Tokenizer.load(run.out / "think" / "tokenizer")
 
 
+# What of a ModelConfig does not define the function that given weights compute.
+FREE = {"dtype", "initializer_range", "embedding_range"}
+
+
+def check_weights(config: Config) -> None:
+    """Raises ConfigError unless `config.model` says what the model in `config.weights` is, and with the fields that differ."""
+    if not config.weights:
+        return
+    folder = Path(config.weights)
+    if not model_folder.is_converted(folder):
+        raise ConfigError(f"weights={config.weights!r} is no folder made by `cacherl convert`: it holds no model.json")
+    given, asked = (dataclasses.asdict(c) for c in (model_folder.model_config(folder), config.model))
+    if not asked["vocab_size"]:
+        asked["vocab_size"] = given["vocab_size"]
+    differing = [f"model.{k}={asked[k]!r}, there {given[k]!r}" for k in given if k not in FREE and given[k] != asked[k]]
+    if differing:
+        raise ConfigError(f"the configuration does not describe the model in {folder}: {'; '.join(differing)}")
+
+
 def model_config(run: RunDirectory) -> Config:
-    """The run's configuration with the vocabulary's size filled in."""
-    model: ModelConfig = dataclasses.replace(run.config.model, vocab_size=run.require("think")["vocab_size"])
-    return dataclasses.replace(run.config, model=model)
+    """The run's configuration with the vocabulary's size filled in: of the weights it starts from, else the one it names,
+    else the tokenizer's. Raises ConfigError when the tokenizer has more tokens than the model."""
+    config, tokens = run.config, run.require("think")["vocab_size"]
+    size = model_folder.model_config(Path(config.weights)).vocab_size if config.weights else config.model.vocab_size
+    if size and size < tokens:
+        raise ConfigError(f"the tokenizer has {tokens} tokens, the model's vocabulary {size}")
+    model: ModelConfig = dataclasses.replace(config.model, vocab_size=size or tokens)
+    return dataclasses.replace(config, model=model)
 
 
 def open_cache(run: RunDirectory, split: str, specs: Mapping[str, ToolSpec]) -> CachedTools:
@@ -376,7 +412,7 @@ def open_cache(run: RunDirectory, split: str, specs: Mapping[str, ToolSpec]) -> 
 
 def load_policy(run: RunDirectory, stage: str, config: Config) -> qwen3.Qwen3:
     """The trained model of a finished stage."""
-    like = qwen3.init(config.model, jax.random.key(0), make_mesh(config.mesh))
+    like = checkpoint.abstract_model(config.model, make_mesh(config.mesh))
     return checkpoint.restore_model(run.out / stage / "checkpoints", like)
 
 

@@ -1,6 +1,6 @@
 """SFT and GRPO of all weights of Qwen3-4B on one H200.
 
-Command:  cacherl demo --config configs/qwen3_4b_h200.py --set tokenizer.path=weights/qwen3 --out runs/qwen3_4b_h200
+Command:  cacherl demo --config configs/qwen3_4b_h200.py --set weights=weights/qwen3-4b --out runs/qwen3_4b_h200
 Cost:     one H200, 500 steps of SFT and 100 of GRPO
 Expect:   no such run has been made yet; memory on GPUs cannot be planned, see experiments/plan/
 """

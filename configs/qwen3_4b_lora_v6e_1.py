@@ -1,6 +1,6 @@
 """SFT and GRPO of adapters of Qwen3-4B on one v6e chip.
 
-Command:  cacherl demo --config configs/qwen3_4b_lora_v6e_1.py --set tokenizer.path=weights/qwen3 --out runs/qwen3_4b_lora_v6e_1
+Command:  cacherl demo --config configs/qwen3_4b_lora_v6e_1.py --set weights=weights/qwen3-4b --out runs/qwen3_4b_lora_v6e_1
 Plan:     cacherl plan --config configs/qwen3_4b_lora_v6e_1.py --topology v6e:1x1 --step grpo
 Cost:     one v6e chip, 500 steps of SFT and 100 of GRPO
 Expect:   see experiments/plan/ for memory and bounds on time; no such run has been made yet

@@ -1,6 +1,6 @@
 """The paper's training setting (arXiv 2606.14179): adapters of rank 128, prompts of 16K and responses of 32K tokens, 16 x 16.
 
-Command:  cacherl demo --config configs/qwen3_4b_paper.py --set tokenizer.path=weights/qwen3 --out runs/qwen3_4b_paper
+Command:  cacherl demo --config configs/qwen3_4b_paper.py --set weights=weights/qwen3-4b --out runs/qwen3_4b_paper
 Plan:     cacherl plan --config configs/qwen3_4b_paper.py --topology v6e:1x1 --step grpo
 Cost:     one v6e chip, the smallest slice on which it fits; larger ones: --set mesh.fsdp=8
 Expect:   see experiments/plan/ for memory and bounds on time; no such run has been made yet

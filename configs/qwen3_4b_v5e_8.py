@@ -1,6 +1,6 @@
 """SFT and GRPO of all weights of Qwen3-4B on eight v5e chips, one host.
 
-Command:  cacherl demo --config configs/qwen3_4b_v5e_8.py --set tokenizer.path=weights/qwen3 --out runs/qwen3_4b_v5e_8
+Command:  cacherl demo --config configs/qwen3_4b_v5e_8.py --set weights=weights/qwen3-4b --out runs/qwen3_4b_v5e_8
 Plan:     cacherl plan --config configs/qwen3_4b_v5e_8.py --topology v5e:2x4 --step grpo
 Cost:     eight v5e chips, 500 steps of SFT and 100 of GRPO
 Expect:   see experiments/plan/ for memory and bounds on time; no such run has been made yet

@@ -296,7 +296,7 @@ def test_a_finished_stage_is_exported_with_its_tokenizer(tmp_path, capsys):
     tok.save(tmp_path / "think" / "tokenizer")
     stage, config = tmp_path / "sft", ModelConfig(num_layers=2, hidden_size=32, vocab_size=tok.vocab_size)
     model = qwen3.init(config, jax.random.key(3))
-    with checkpoint.Checkpoints(stage / "checkpoints", keep=1) as saved:
+    with checkpoint.Checkpoints(stage / "checkpoints", latest=1) as saved:
         saved.save(7, TrainState.create(model, make_optimizer(OptimizerConfig(), 10)))
     settings = {"model": json.loads(json.dumps(config.__dict__ | {"vocab_size": 0}))}  # a run takes it from the tokenizer
     (stage / "settings.json").write_text(json.dumps(settings))

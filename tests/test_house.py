@@ -26,7 +26,7 @@ READMES = sorted([*ROOT.glob("README*.md"), *(ROOT / "experiments").rglob("READM
 # Who may import what of the package, beside its own room. A row names earlier rows only, so imports run one way. Dotted
 # rows are parts that lie below the rest of their room; a room named in a row includes its parts.
 FIRST = {"types", "trajectory", "config", "versions"}
-SECOND = FIRST | {"interrupts", "mesh", "metrics", "text", "tools", "cache"}
+SECOND = FIRST | {"interrupts", "processes", "mesh", "metrics", "text", "tools", "cache"}
 THIRD = SECOND | {"model", "data", "trajectories"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sizes": {"config"},
     "presets": {"config", "sizes"},
     "interrupts": FIRST,
+    "processes": FIRST | {"interrupts"},
     "mesh": FIRST,
     "metrics": FIRST,
     "text": FIRST,
@@ -60,13 +61,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": FIRST | {"mesh", "model", "train.step"},
     "train": THIRD | {"rollout", "reward", "evaluate", "checkpoint"},
     "model_folder": FIRST | {"mesh", "model"},
-    "run_directory": FIRST,
-    "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory"},
-    "rollout_verb": THIRD | {"rollout", "checkpoint", "model_folder", "run_directory", "interrupts"},
+    "run_directory": FIRST | {"processes"},
+    "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "model_folder", "run_directory"},
+    "rollout_verb": THIRD | {"rollout", "checkpoint", "model_folder", "run_directory"},
     "plan.topology": FIRST,
     "plan.hlo": set(),
     "plan.flops": FIRST,
-    "plan": THIRD | {"rollout", "train"},
+    "plan": THIRD | {"rollout", "train", "checkpoint"},
     "plan_verb": FIRST | {"plan.topology"},
     "doctor_verb": FIRST,
     "convert_verb": FIRST | {"metrics", "text", "model", "model_folder"},

@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cacherl_jax import mesh as meshes
+from cacherl_jax.checkpoint import abstract_model, abstract_state
 from cacherl_jax.config import Config, ConfigError, LoraConfig, ModelConfig, RolloutConfig
 from cacherl_jax.data.pipeline import bucket_lengths, rows_per_batch
 from cacherl_jax.model import lora, qwen3
@@ -76,10 +76,6 @@ def training_work(config: Config, step: str, mesh: Mesh) -> Work:
     return Work(rows, length, -(-episodes // (rows * max(1, length // config.rollout.context))))
 
 
-def model_of(config: ModelConfig, mesh: Mesh) -> qwen3.Qwen3:
-    return placed(jax.eval_shape(lambda: qwen3.init(config, jax.random.key(0))), qwen3.shardings(config, mesh))
-
-
 def batch_of(work: Work, mesh: Mesh, *, old: bool) -> Batch:
     """`old`: with the logprobs by the policy before the step's first update, as steps of several updates have them."""
 
@@ -96,29 +92,14 @@ def adapter_of(model: ModelConfig, config: LoraConfig, mesh: Mesh) -> lora.Adapt
     return placed(jax.eval_shape(lambda: lora.init(model, config, jax.random.key(0))), lora.shardings(model, config, mesh))
 
 
-def state_of(trained: Any, tx: optax.GradientTransformation, mesh: Mesh) -> steps.TrainState:
-    """A moment lies where the weight lies that it belongs to: the one of its shape at the end of its path. The rest, which
-    is small, lies on every device."""
-    weights = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(trained)]
-    whole = NamedSharding(mesh, P())
-
-    def of(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-        name = jax.tree_util.keystr(path)
-        own = (w.sharding for suffix, w in weights if name.endswith(suffix) and w.shape == x.shape)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=next(own, whole))
-
-    opt_state = jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, trained))
-    return steps.TrainState(trained, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=whole))
-
-
 def training(config: Config, step: str, mesh: Mesh) -> tuple[list[Program], int, Work]:
     """The step's programs, the bytes a chip that lie in HBM when it begins, and the work."""
     work = training_work(config, step, mesh)
     part = config.sft if step == "sft" else config.grpo
     tx = make_optimizer(part.optimizer, part.steps)
-    model = model_of(config.model, mesh)
+    model = abstract_model(config.model, mesh)
     trained, frozen = (adapter_of(config.model, part.lora, mesh), model) if part.lora.rank else (model, None)
-    state = state_of(trained, tx, mesh)
+    state = abstract_state(trained, tx, mesh)
     batch = batch_of(work, mesh, old=step == "grpo" and config.grpo.minibatches > 1)
     share = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
     execution = qwen3.Execution(mesh, config.memory)
@@ -150,7 +131,7 @@ def engine_programs(model: ModelConfig, config: RolloutConfig, mesh: Mesh) -> di
     def ints(count: int, width: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count * ways, width), jnp.int32, sharding=rows)
 
-    weights = model_of(model, mesh)
+    weights = abstract_model(model, mesh)
     state = placed(jax.eval_shape(own._init), engine._layout(meshes.cache_sharding(mesh), rows))
     temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
     prefills = {f"prefill {w}": (own._prefill, (weights, state.cache, ints(n, 3 + w))) for w, n in engine.PREFILLS.items()}

@@ -6,21 +6,12 @@ round the processes agree on how many dispatches of each kind it has; those with
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
+from cacherl_jax import processes
 from cacherl_jax.trajectory import Trajectory
-
-
-def agree(numbers: Sequence[int]) -> list[int]:
-    """The largest of each number over all processes. Every process calls this the same number of times."""
-    if jax.process_count() == 1:
-        return list(numbers)
-    return np.asarray(multihost_utils.process_allgather(np.asarray(numbers, np.int32))).max(axis=0).tolist()
 
 
 def mine(count: int) -> list[int]:
@@ -32,9 +23,6 @@ def gather(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """The trajectories of all processes, on each of them, in the order of `mine`'s numbers."""
     if jax.process_count() == 1:
         return list(trajectories)
-    text = np.frombuffer(json.dumps([t.to_json() for t in trajectories]).encode(), np.uint8)
-    (longest,) = agree([len(text)])
-    sent = np.frombuffer(text.tobytes().ljust(longest), np.uint8)
-    parts = [[Trajectory.from_json(row) for row in json.loads(part.tobytes())] for part in multihost_utils.process_allgather(sent)]
+    parts = [[Trajectory.from_json(row) for row in rows] for rows in processes.gather([t.to_json() for t in trajectories])]
     total = sum(map(len, parts))
     return [parts[i % len(parts)][i // len(parts)] for i in range(total)]

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from cacherl_jax import interrupts
+from cacherl_jax import interrupts, processes
 from cacherl_jax.config import RolloutConfig
 from cacherl_jax.model import qwen3
 from cacherl_jax.rollout import fork, lockstep
@@ -149,11 +149,10 @@ def run(
             fill()
             plan, turns = rows.open_turns()
             active = any(row.left > 0 for row in rows.used.values())
-            *counts, active, going, interrupted = lockstep.agree(
+            *counts, active, going, interrupted = processes.agree(
                 [*plan.counts(), active, bool(rows.used) or flying is not None, interrupts.pending()]
             )
-            if interrupted:
-                raise interrupts.Interrupted
+            interrupts.stop(interrupted)
             if not going:
                 break
             launched = None

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cacherl_jax import checkpoint, interrupts, mesh, metrics
+from cacherl_jax import checkpoint, interrupts, mesh, metrics, processes
 from cacherl_jax.config import Config
 from cacherl_jax.data.pipeline import Row, bucket_lengths, bucketed
 from cacherl_jax.model import qwen3
@@ -121,19 +121,22 @@ def train(
 ) -> tuple[qwen3.Qwen3, int]:
     """Trains from `reference` for `config.grpo.steps` steps, or goes on from the newest checkpoint in `directory`.
 
-    `validate` gives process accuracy on the validation tasks (from the cache). Ctrl-C saves before it ends the run. Returns
-    the model and the number of live tool calls made, which is 0 or the run ended in LiveToolError.
+    `validate` gives process accuracy on the validation tasks (from the cache); the checkpoint where it was highest is kept
+    beside the newest. Ctrl-C and SIGTERM save before they end the run. Of several processes each plays its share of the
+    episodes; scores and updates are those of all. Returns the model and the number of live tool calls made, which is 0 or
+    the run ended in LiveToolError.
     """
     grpo = config.grpo
     tx = make_optimizer(grpo.optimizer, grpo.steps * grpo.minibatches)
     devices = mesh.make_mesh(config.mesh)
-    state = steps.TrainState.create(qwen3.copy(reference), tx)
+    like = checkpoint.abstract_state(checkpoint.abstract_model(reference.config, devices), tx, devices)
     update = steps.make_update(tx)
     buckets = bucket_lengths(config.rollout.context)
     engine = Engine.of_run(config, tok.stop_ids)
+    execution = qwen3.Execution(devices, config.memory)
     gradients_of = partial(
         steps.grpo_gradients, clip_low=grpo.clip_low, clip_high=grpo.clip_high, kl_coef=grpo.kl_coef,
-        importance_cap=grpo.importance_cap,
+        importance_cap=grpo.importance_cap, execution=execution,
     )  # fmt: skip
 
     def batches_of(rows: Sequence[Row]) -> Placed:
@@ -157,8 +160,8 @@ def train(
     def score(model: qwen3.Qwen3, rows: Sequence[Row]) -> list[np.ndarray]:
         batches, logprobs = batches_of(rows), []
         for batch, _ in batches:
-            interrupts.check()
-            logprobs.append(steps.score(model, batch))
+            processes.check()
+            logprobs.append(steps.score(model, batch, execution=execution))
         return _by_row(rows, batches, logprobs)
 
     def learn(state: steps.TrainState, rows: Sequence[Row]) -> tuple[steps.TrainState, dict[str, float], list[np.ndarray]]:
@@ -168,7 +171,7 @@ def train(
         for part in np.array_split(np.arange(len(rows)), grpo.minibatches):
             chosen = [rows[i] for i in part]
             batches = batches_of(chosen)
-            gradients, values, logprobs = steps.accumulate(gradients_of, state.model, [batch for batch, _ in batches])
+            gradients, values, logprobs = steps.accumulate(gradients_of, state.model, None, [batch for batch, _ in batches])
             state, norm = update(state, gradients)
             parts.append({k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)})
             olds = [row.old_logprobs_T for row in chosen]
@@ -176,18 +179,20 @@ def train(
         return state, {k: float(np.mean([p[k] for p in parts])) for k in parts[0]}, trainer
 
     live_before = registry.live_call_count()
-    with interrupts.held(), registry.forbid_live(), checkpoint.Checkpoints(directory / "checkpoints", keep=1) as saved:
-        done, state = saved.restore(state) or (0, state)
+    with interrupts.held(), registry.forbid_live(), checkpoint.Checkpoints(directory / "checkpoints", best=1) as saved:
+        done, state = saved.restore(like) or (0, checkpoint.new_state(qwen3.copy(reference), tx, devices))
         began = done  # episodes that an earlier attempt streamed at a later step were played by other weights
-        log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done)
-        validated = {row["step"] for row in metrics.read_metrics(directory / "metrics.jsonl") if "validation" in row}
+        log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done, writes=processes.is_first())
+        validated = {row["step"]: row["validation"] for row in log.kept if "validation" in row}
         try:
             with log, progress(total=grpo.steps, initial=done, desc="grpo") as bar:
                 while True:
-                    interrupts.check()
+                    processes.check()
                     if (done % grpo.validate_every == 0 or done == grpo.steps) and done not in validated:
-                        validation = validate(engine, engine.place(state.model))
-                        log.write({"stage": "grpo", "step": done, "validation": validation})
+                        validated[done] = validate(engine, engine.place(state.model))
+                        log.write({"stage": "grpo", "step": done, "validation": validated[done]})
+                    if done % grpo.checkpoint_every == 0 or done == grpo.steps:
+                        saved.save(done, state, validated.get(done))
                     if done >= grpo.steps:
                         break
                     chosen = select_tasks(tasks, done, grpo.prompts, config.seed)
@@ -196,14 +201,15 @@ def train(
                     clock.lap("weights")
                     scored = score_groups(chosen, play(done, chosen, policy, resumed=done == began), specs, config)
                     del policy  # it may share buffers with the state, which the update donates
-                    write_rollouts(directory / "rollouts" / f"{done:05d}.jsonl", scored)
+                    if processes.is_first():
+                        write_rollouts(directory / "rollouts" / f"{done:05d}.jsonl", scored)
                     _streamed(directory, done).unlink()
                     clock.lap("rollout")
                     rows = _rows(scored)
                     rows = [replace(row, ref_logprobs_T=x) for row, x in zip(rows, score(reference, rows), strict=True)]
                     if grpo.minibatches > 1:  # with one, the update's own pass is by the policy that sampled
                         rows = [replace(row, old_logprobs_T=x) for row, x in zip(rows, score(state.model, rows), strict=True)]
-                    interrupts.check()  # from here to the next, the model, the number of steps and the metrics change
+                    processes.check()  # from here to the next, the model, the number of steps and the metrics change
                     state, values, trainer = learn(state, rows)
                     done += 1
                     gap = agreement.gaps([t.logprobs_T for t in scored.trajectories], trainer, [row.mask_T for row in rows])
@@ -215,8 +221,6 @@ def train(
                         acc=f"{row['accuracy']:.2f}", kl=f"{row['kl']:.3f}", gap=f"{gap['mean']:.0e}", gap_max=f"{gap['max']:.0e}"
                     )
                     bar.update(1)
-                    if done % grpo.checkpoint_every == 0 or done == grpo.steps:
-                        saved.save(done, state)
         except interrupts.Interrupted:
             saved.save(done, state)
             raise
@@ -224,8 +228,9 @@ def train(
 
 
 def _streamed(directory: Path, step: int) -> Path:
-    """Where the episodes of a step go as they end; gone when all have."""
-    return directory / "rollouts" / f"{step:05d}.streamed.jsonl"
+    """Where this process's episodes of a step go as they end; gone when all have."""
+    part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
+    return directory / "rollouts" / f"{step:05d}.streamed{part}.jsonl"
 
 
 def _rows(scored: Scored) -> list[Row]:
@@ -236,7 +241,7 @@ def _rows(scored: Scored) -> list[Row]:
 def _by_row(rows: Sequence[Row], batches: Placed, logprobs: Sequence[Any]) -> list[np.ndarray]:
     """Logprobs of batches, taken apart into those of rows, without the padding."""
     out: dict[int, np.ndarray] = {}
-    for (_, members), logprobs_BT in zip(batches, map(np.asarray, logprobs), strict=True):
+    for (_, members), logprobs_BT in zip(batches, map(processes.whole, logprobs), strict=True):
         out |= {i: logprobs_BT[b, : len(rows[i].tokens_T)] for b, i in enumerate(members)}
     return [out[i] for i in range(len(rows))]
 

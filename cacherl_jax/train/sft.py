@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
-from cacherl_jax import checkpoint, interrupts, mesh, metrics
+from cacherl_jax import checkpoint, interrupts, mesh, metrics, processes
 from cacherl_jax.config import Config
 from cacherl_jax.data.pipeline import EpochBatches, Row
 from cacherl_jax.model import qwen3
@@ -42,34 +46,57 @@ def train(
     *,
     progress: Callable[..., metrics.Progress],
 ) -> qwen3.Qwen3:
-    """Trains from scratch for `config.sft.steps` updates, or goes on from the newest checkpoint in `directory`.
+    """Trains `config.weights`, or random weights, for `config.sft.steps` updates, or goes on from the newest checkpoint in
+    `directory`.
 
-    Ctrl-C saves before it ends the run. The same rows, config and seed give the same losses, interrupted or not.
+    Ctrl-C and SIGTERM save before they end the run. The same rows, config and seed give the same losses, interrupted or not,
+    and by several processes as by one: batches and their order are functions of (seed, update).
     """
-    tx = make_optimizer(config.sft.optimizer, config.sft.steps)
+    sft = config.sft
+    tx = make_optimizer(sft.optimizer, sft.steps)
     devices = mesh.make_mesh(config.mesh)
-    state = steps.TrainState.create(qwen3.init(config.model, jax.random.key(config.seed), devices), tx)
-    with interrupts.held(), checkpoint.Checkpoints(directory / "checkpoints", keep=1) as saved:
-        done, state = saved.restore(state) or (0, state)
-        batches = EpochBatches(rows, tokens_per_batch=config.sft.tokens_per_batch, seed=config.seed, ways=mesh.row_ways(devices))
+    like = checkpoint.abstract_state(checkpoint.abstract_model(config.model, devices), tx, devices)
+    batches = EpochBatches(rows, tokens_per_batch=sft.tokens_per_batch, seed=config.seed, ways=mesh.row_ways(devices))
+    processes.refuse_differences({"rows": _digest(rows)})
+    with interrupts.held(), checkpoint.Checkpoints(directory / "checkpoints") as saved:
+        done, state = saved.restore(like) or (0, checkpoint.new_state(_first_model(config, devices), tx, devices))
         update = steps.make_update(tx)
-        log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done)
+        gradients_of = partial(steps.sft_gradients, execution=qwen3.Execution(devices, config.memory))
+        log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done, writes=processes.is_first())
+        rate = metrics.Rate()
         try:
-            with log, progress(total=config.sft.steps, initial=done, desc=directory.name) as bar:
-                while done < config.sft.steps:
-                    interrupts.check()
-                    batch = mesh.place(batches.batch(done), devices)
-                    gradients, values, _ = steps.accumulate(steps.sft_gradients, state.model, [batch])
+            with log, progress(total=sft.steps, initial=done, desc=directory.name) as bar:
+                while done < sft.steps:
+                    processes.check()
+                    chosen = [batches.batch(done * sft.accumulate + i) for i in range(sft.accumulate)]
+                    tokens = sum(int((batch.segment_ids_BT > 0).sum()) for batch in chosen)
+                    placed = [mesh.place(batch, devices) for batch in chosen]
+                    gradients, values, _ = steps.accumulate(gradients_of, state.model, None, placed)
                     state, norm = update(state, gradients)
                     done += 1
-                    if done % 10 == 0 or done == config.sft.steps:
-                        row = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
-                        log.write({"stage": directory.name, "step": done} | row)
+                    rate.add(tokens)
+                    if done % 10 == 0 or done == sft.steps:
+                        row = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm), "tokens": tokens}
+                        log.write({"stage": directory.name, "step": done} | row | {"rate": rate.read()})
                         bar.set_postfix(loss=f"{row['loss']:.3f}")
                     bar.update(1)
-                    if done % config.sft.checkpoint_every == 0 or done == config.sft.steps:
+                    if done % sft.checkpoint_every == 0 or done == sft.steps:
                         saved.save(done, state)
         except interrupts.Interrupted:
             saved.save(done, state)
             raise
     return state.model
+
+
+def _first_model(config: Config, devices: Mesh) -> qwen3.Qwen3:
+    if not config.weights:
+        return qwen3.init(config.model, jax.random.key(config.seed), devices)
+    return checkpoint.restore_model(Path(config.weights) / "checkpoints", checkpoint.abstract_model(config.model, devices))
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    """Of what is trained on: processes that do not share it would each go on with their own."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(np.int64(len(row.tokens_T)).tobytes() + row.tokens_T.tobytes() + row.mask_T.tobytes())
+    return digest.hexdigest()

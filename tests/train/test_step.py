@@ -212,11 +212,11 @@ def test_interrupted_training_ends_as_uninterrupted_training(tmp_path, stop):
 def test_a_half_written_checkpoint_is_not_taken_for_whole(tmp_path, model):
     tx = optax.sgd(0.1)
     state = steps.TrainState.create(model, tx)
-    with checkpoint.Checkpoints(tmp_path, keep=2) as saved:
+    with checkpoint.Checkpoints(tmp_path, latest=2) as saved:
         assert saved.restore(state) is None
         saved.save(3, state)
     (tmp_path / "7.orbax-checkpoint-tmp" / "default").mkdir(parents=True)  # what a killed writer leaves
-    with checkpoint.Checkpoints(tmp_path, keep=2) as saved:
+    with checkpoint.Checkpoints(tmp_path, latest=2) as saved:
         step, restored = saved.restore(state)
     assert step == 3
     jax.tree.map(np.testing.assert_array_equal, qwen3.to_dict(restored.model), qwen3.to_dict(model))

@@ -1,0 +1,100 @@
+"""Several processes, one run: they start together, decide together and stop together.
+
+Every process runs the same program on its own devices. Whatever decides what is run next (a signal, a folder that is
+finished) is agreed on first, by a tiny collective that all join. One process writes what is not an array: `is_first()`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cacherl_jax import interrupts
+from cacherl_jax.config import ConfigError
+
+# Where the cluster does not say: JAX itself reads the first one alone.
+COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+def start() -> None:
+    """Joins the other processes, before anything else of JAX is used. Raises ConfigError when it cannot know them."""
+    numbers: dict[str, int | None] = {}
+    for name in (COUNT, INDEX):
+        text = os.environ.get(name, "")
+        if text and not text.isdecimal():
+            raise ConfigError(f"{name}={text!r} is no number")
+        numbers[name] = int(text) if text else None
+    try:
+        jax.distributed.initialize(num_processes=numbers[COUNT], process_id=numbers[INDEX])
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"--distributed: {error}. Set {COORDINATOR} (HOST:PORT of the first process), {COUNT} and {INDEX} for each "
+            "process, or start them where JAX knows the cluster (Cloud TPU, Slurm, Open MPI, Kubernetes)"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process writes what all have: metrics, settings, results."""
+    return jax.process_index() == 0
+
+
+def index() -> int:
+    return jax.process_index()
+
+
+def agree(numbers: Sequence[int]) -> list[int]:
+    """The largest of each number over all processes. Every process calls this the same number of times."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    return np.asarray(multihost_utils.process_allgather(np.asarray(numbers, np.int32))).max(axis=0).tolist()
+
+
+def wait() -> None:
+    """Returns when every process has come here: what one wrote before, others find after."""
+    agree([0])
+
+
+def check() -> None:
+    """`interrupts.check()` for all: where a signal reached one process, all raise at this same point."""
+    interrupts.stop(*agree([interrupts.pending()]))
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON values of all processes, on each of them, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    (longest,) = agree([len(text)])
+    sent = np.frombuffer(text.tobytes().ljust(longest), np.uint8)
+    return [json.loads(part.tobytes()) for part in np.asarray(multihost_utils.process_allgather(sent))]
+
+
+def refuse_differences(values: Mapping[str, Any]) -> None:
+    """Raises ConfigError, in every process, naming what is not the same in all. Values are JSON, objects may be nested."""
+    flat = [_flat(v) for v in gather(values)]
+    for index, other in enumerate(flat):
+        for name in sorted(flat[0].keys() | other.keys()):
+            if flat[0].get(name) != other.get(name):
+                raise ConfigError(
+                    f"the processes were not started alike: {name} is {flat[0].get(name)!r} in process 0, "
+                    f"{other.get(name)!r} in process {index}"
+                )
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for name, child in value.items() for k, v in _flat(child, f"{path}.{name}" if path else name).items()}
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """An array of all processes on this one's host. A collective where it lies on devices of several."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
