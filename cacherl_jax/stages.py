@@ -174,7 +174,7 @@ def _supervised(run: RunDirectory, stage: str, agent: str | None, progress: metr
             tok,
             (t for t in transcripts if agent is None or t.agent == agent),
             specs,
-            context=config.rollout.context,
+            context=min(config.rollout.context, config.sft.packed_length or config.rollout.context),
             max_tool_tokens=config.rollout.max_tool_tokens,
         )
         sft.train(config, rows, folder, progress=progress)
@@ -204,7 +204,9 @@ def reinforce(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str,
 
         reference = load_policy(run, "sft", config)
         tasks = load_tasks(run, "train")
-        _, live_calls = grpo.train(config, reference, tok, tasks, specs, training, folder, validate=validate, progress=progress)
+        _, live_calls = grpo.train(
+            config, reference, tok, tasks, specs, training, folder, base=run.out / "sft", validate=validate, progress=progress
+        )
         return {"live_calls": live_calls}
 
     return run.run("grpo", GRPO, body)
