@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": THIRD,
     "reward": THIRD,
     "evaluate": THIRD | {"rollout", "reward"},
-    "train.losses": FIRST,  # no model: hidden states come as arrays
+    "train.losses": FIRST | {"mesh"},  # no model: hidden states come as arrays
     "train.step": FIRST | {"mesh", "model", "train.losses"},
     "checkpoint": FIRST | {"mesh", "model", "train.step"},
     "adapter_folder": FIRST | {"mesh", "model", "processes", "train.step", "checkpoint"},

@@ -36,12 +36,12 @@ def token_logprobs(
     """
     next_BT = jnp.roll(tokens_BT, -1, axis=1)  # the last entry of a row is dropped below
     if mesh is None:
-        logprobs_BT, entropy_BT = _next_logprobs(hidden_BTD, unembed_VD, next_BT, chunk, entropy, tp=1)
+        logprobs_BT, entropy_BT = _next_logprobs(hidden_BTD, unembed_VD.T, next_BT, chunk, entropy, tp=1)
     else:
 
         def local(hidden_BTD: jax.Array, slice_VD: jax.Array, next_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-            gathered_VD = jax.lax.all_gather(slice_VD.astype(hidden_BTD.dtype), meshes.SHARDED, axis=1, tiled=True)
-            return _next_logprobs(hidden_BTD, gathered_VD, next_BT, chunk, entropy, tp=mesh.shape["tp"])
+            gathered_DV = jax.lax.all_gather(slice_VD.T.astype(hidden_BTD.dtype), meshes.SHARDED, axis=0, tiled=True)
+            return _next_logprobs(hidden_BTD, gathered_DV, next_BT, chunk, entropy, tp=mesh.shape["tp"])
 
         tokens = meshes.TOKENS_BT
         logprobs_BT, entropy_BT = jax.shard_map(
@@ -59,25 +59,25 @@ def token_logprobs(
 
 
 def _next_logprobs(
-    hidden_BTD: jax.Array, unembed_VD: jax.Array, next_BT: jax.Array, chunk: int, entropy: bool, tp: int
+    hidden_BTD: jax.Array, unembed_DV: jax.Array, next_BT: jax.Array, chunk: int, entropy: bool, tp: int
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Of the token that follows each position; unembed_VD holds this device's part of the vocabulary, of `tp` parts."""
-    (B, T, D), V = hidden_BTD.shape, unembed_VD.shape[0]
+    """Of the token that follows each position; unembed_DV holds this device's part of the vocabulary, of `tp` parts."""
+    (B, T, D), V = hidden_BTD.shape, unembed_DV.shape[1]
     chunks = -(-B * T // chunk)
     size = -(-B * T // chunks)
     pad = chunks * size - B * T
     hidden_MCD = jnp.pad(hidden_BTD.reshape(-1, D), ((0, pad), (0, 0))).reshape(chunks, size, D)
     next_MC = jnp.pad(next_BT.reshape(-1), (0, pad)).reshape(chunks, size)
     first = jax.lax.axis_index("tp") * V if tp > 1 else 0
-    weights32_VD = unembed_VD.astype(jnp.float32)  # so that gradients of chunks are summed in float32
+    weights32_DV = unembed_DV.astype(jnp.float32)  # so that gradients of chunks are summed in float32
 
     def over_tp(reduce: Any, x: jax.Array) -> jax.Array:
         return reduce(x, "tp") if tp > 1 else x
 
     @jax.checkpoint
     def of_chunk(hidden_CD: jax.Array, next_C: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        weights_VD = weights32_VD.astype(hidden_CD.dtype)
-        logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, weights_VD, preferred_element_type=jnp.float32)
+        weights_DV = weights32_DV.astype(hidden_CD.dtype)
+        logits_CV = jnp.einsum("CD,DV->CV", hidden_CD, weights_DV, preferred_element_type=jnp.float32)
         largest_C1 = over_tp(jax.lax.pmax, jax.lax.stop_gradient(logits_CV.max(axis=-1, keepdims=True)))
         exps_CV = jnp.exp(logits_CV - largest_C1)
         sum_C = over_tp(jax.lax.psum, exps_CV.sum(axis=-1))
