@@ -8,7 +8,7 @@ outputs the parity test compares.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -252,11 +252,14 @@ class Execution:
     """How a forward pass is carried out; it changes memory and time, not what is computed beyond rounding."""
 
     mesh: Mesh | None = None  # where the parameters and the batch lie; None: on one device
-    memory: MemoryConfig = MemoryConfig()
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def dtype(self, c: ModelConfig) -> Any:
         """Of matrix products and of what flows between layers."""
         return jnp.dtype(c.dtype if self.memory.compute == "weights" else self.memory.compute)
+
+
+ONE_DEVICE = Execution()
 
 
 def forward(
@@ -264,7 +267,7 @@ def forward(
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array | None = None,
-    execution: Execution = Execution(),
+    execution: Execution = ONE_DEVICE,
 ) -> jax.Array:
     """Hidden states after the final norm, [B, T, D]. Attention is causal and stays within a segment; 0 is padding."""
     c, mesh = model.config, execution.mesh

@@ -89,10 +89,7 @@ def _next_logprobs(
         mean_C = over_tp(jax.lax.psum, (exps_CV * logits_CV).sum(axis=-1)) / sum_C
         return chosen_C - normalizer_C, jax.lax.stop_gradient(normalizer_C - mean_C)
 
-    if chunks == 1:
-        found = of_chunk(hidden_MCD[0], next_MC[0])
-    else:
-        found = jax.lax.map(lambda x: of_chunk(*x), (hidden_MCD, next_MC))
+    found = of_chunk(hidden_MCD[0], next_MC[0]) if chunks == 1 else jax.lax.map(lambda x: of_chunk(*x), (hidden_MCD, next_MC))
     return jax.tree.map(lambda x: x.reshape(-1)[: B * T].reshape(B, T), found)
 
 

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from cacherl_jax.model import lora, qwen3
-from cacherl_jax.model.qwen3 import Execution
+from cacherl_jax.model.qwen3 import ONE_DEVICE, Execution
 from cacherl_jax.train import losses
 from cacherl_jax.types import Batch
 
@@ -63,7 +63,7 @@ def _loss_tokens(batch: Batch) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="execution")
-def score(model: qwen3.Qwen3, batch: Batch, *, execution: Execution = Execution()) -> jax.Array:
+def score(model: qwen3.Qwen3, batch: Batch, *, execution: Execution = ONE_DEVICE) -> jax.Array:
     """Logprob of every token of the batch given those before it in its segment, [B, T] float32; a segment's first token has 0."""
     return _logprobs(model, batch, execution)[0]
 
@@ -74,7 +74,7 @@ Gradients = tuple[Any, Metrics, jax.Array]  # of one batch: gradients, metrics, 
 
 @partial(jax.jit, static_argnames="execution")
 def sft_gradients(
-    trained: Any, frozen: qwen3.Qwen3 | None, batch: Batch, share: jax.Array, *, execution: Execution = Execution()
+    trained: Any, frozen: qwen3.Qwen3 | None, batch: Batch, share: jax.Array, *, execution: Execution = ONE_DEVICE
 ) -> Gradients:
     """Gradients and metrics of the SFT loss on one batch, both scaled by `share`, its part of the step's tokens.
 
@@ -100,7 +100,7 @@ def grpo_gradients(
     clip_high: float,
     kl_coef: float,
     importance_cap: float,
-    execution: Execution = Execution(),
+    execution: Execution = ONE_DEVICE,
 ) -> Gradients:
     """Gradients and metrics of the GRPO loss on one batch, as `sft_gradients`."""
 
