@@ -78,6 +78,8 @@ def test_yarn_is_read_as_transformers_means_it_and_written_where_it_stands():
         back = hf_config.to_hf_config(off, expected)
         assert hf_config.from_hf_config(back) == off and back["max_position_embeddings"] == 32768
     assert hf_config.from_hf_config(hf_config.to_hf_config(on)) == on
+    idle = dataclasses.replace(READ, yarn=YarnConfig(beta_fast=8.0))  # factor 1: nothing else is read
+    assert hf_config.to_hf_config(idle, plain) == plain
 
 
 @pytest.mark.parametrize(
