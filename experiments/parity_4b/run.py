@@ -84,6 +84,9 @@ def theirs(work: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ours(work: Path, args: argparse.Namespace) -> dict[str, Any]:
+    # XLA on CPUs multiplies in float32. This pass would convert all layers' weights before the scan, 16 GB instead of one layer's.
+    os.environ["XLA_FLAGS"] = "--xla_disable_hlo_passes=while-loop-invariant-code-motion"
+
     import jax
     import jax.numpy as jnp
 

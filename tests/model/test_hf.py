@@ -78,6 +78,8 @@ def test_yarn_is_read_as_transformers_means_it_and_written_where_it_stands():
         back = hf_config.to_hf_config(off, expected)
         assert hf_config.from_hf_config(back) == off and back["max_position_embeddings"] == 32768
     assert hf_config.from_hf_config(hf_config.to_hf_config(on)) == on
+    idle = dataclasses.replace(READ, yarn=YarnConfig(beta_fast=8.0))  # factor 1: nothing else is read
+    assert hf_config.to_hf_config(idle, plain) == plain
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,7 @@ def test_yarn_is_read_as_transformers_means_it_and_written_where_it_stands():
         ({"rope_scaling": YARN | {"factor": "4"}}, "field 'rope_scaling': model.yarn.factor = '4'"),
         ({"rope_scaling": YARN | {"beta_fast": 0.25}}, "model.yarn.beta_fast=0.25 is below model.yarn.beta_slow=0.5"),
         ({"rope_scaling": YARN | {"mscale": None}}, "model.yarn.mscale=0.0 and model.yarn.mscale_all_dim=0.7"),
+        ({"rope_scaling": YARN | {"truncate": None}}, "model.yarn.truncate = None"),  # absent means true there, None false
         ({"rope_scaling": YARN | {"factor": 1.0, "attention_factor": 1.5}}, "rope_scaling.attention_factor is 1.5 and factor 1"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, "and rope_parameters.rope_theta 10000.0"),
         ({"rope_parameters": {"rope_theta": 5003, "factor": 2.0}}, "rope_parameters.factor is 2.0; this scaling of RoPE is not"),
