@@ -35,6 +35,7 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "ffn": "tp",
     "vocab": "tp",
     "norm": None,
+    "rank": None,
 }
 
 

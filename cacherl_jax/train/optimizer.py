@@ -1,10 +1,16 @@
-"""Optimizers from optax, with the schedule and clipping that a configuration asks for."""
+"""Optimizers from optax, with the schedule and clipping that a configuration asks for.
+
+What is trained, a Qwen3 or a lora.Adapter, holds the matrices of all layers stacked, and those of heads with an axis for the
+heads. Optimizers that treat matrices as such (Muon, Adafactor) are told here which axes form one.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -12,21 +18,27 @@ from cacherl_jax.config import OptimizerConfig
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The transformation for a run of `steps` updates: clip by global norm, then AdamW, or Muon on matrices with Adam on
-    embeddings and norms (Muon: https://kellerjordan.github.io/posts/muon)."""
-    if config.name == "adamw":
-        optimizer = optax.adamw(
-            _schedule(config, config.learning_rate, steps), config.b1, config.b2, weight_decay=config.weight_decay
-        )
-    else:
+    """The transformation for a run of `steps` updates: clip by global norm, then AdamW; Adafactor, at absolute rates and
+    without momentum; or Muon on matrices with Adam on embeddings and norms.
+
+    Sources: Loshchilov and Hutter, arXiv 1711.05101; Shazeer and Stern, arXiv 1804.04235;
+    https://kellerjordan.github.io/posts/muon.
+    """
+    rate = _schedule(config, config.learning_rate, steps)
+    if config.name == "muon":
         optimizer = muon(
-            _schedule(config, config.learning_rate, steps),
+            rate,
             adam_learning_rate=_schedule(config, config.adam_learning_rate, steps),
             adam_b1=config.b1,
             adam_b2=config.b2,
             weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=_matrices,
+            muon_weight_dimension_numbers=_dimension_numbers,
         )
+    else:
+        scale = (
+            _scale_by_adam(config.b1, config.b2, jnp.dtype(config.moments)) if config.name == "adamw" else _scale_by_factored_rms()
+        )
+        optimizer = optax.chain(scale, optax.add_decayed_weights(config.weight_decay), optax.scale_by_learning_rate(rate))
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
@@ -41,22 +53,111 @@ def _schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedul
     return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, max(1, warmup)), after], [warmup])
 
 
-# Which axes of a stacked weight a matrix product sums over, by the letters of its name. The stacking axis 0 is a batch.
-_REDUCTION_AXES = {"DNH": (1,), "DKH": (1,), "NHD": (1, 2), "DF": (1,), "FD": (1,)}
+# ---- matrices --------------------------------------------------------------------------------------------------------
 
 
-def _matrices(params: Any) -> Any:
-    """Muon's dimension numbers for every parameter of a Qwen3; None for those that Adam updates."""
+class _Layout(NamedTuple):
+    """How a weight is a stack of matrices: whether axis 0 stacks layers, and the axes that a product sums over."""
 
-    def of(name: str, shape: tuple[int, ...]) -> MuonDimensionNumbers | None:
-        reduction = _REDUCTION_AXES.get(name.rsplit("_", 1)[-1])
-        if reduction is None:
-            return None
-        output = tuple(axis for axis in range(1, len(shape)) if axis not in reduction)
-        return MuonDimensionNumbers(reduction_axis=reduction, output_axis=output)
+    stacked: bool
+    inputs: tuple[int, ...]  # none: it is no matrix
 
-    def walk(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
-        names = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
-        return of(next((n for n in reversed(names) if n.rsplit("_", 1)[-1] in _REDUCTION_AXES), ""), leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(walk, params)
+# By the letters of a stacked weight's name. Other weights of two axes, the embeddings, are no stacks.
+_INPUTS = {"DNH": (1,), "DKH": (1,), "NHD": (1, 2), "DF": (1,), "FD": (1,)}
+
+
+def _layout(path: Any, shape: tuple[int, ...]) -> _Layout:
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    weight = next((n for n in names if n.rsplit("_", 1)[-1] in _INPUTS), None)
+    if weight is None:
+        return _Layout("layers" in names, ())
+    if "a" in names:  # of an adapter: everything in, the rank out
+        return _Layout(True, tuple(range(1, len(shape) - 1)))
+    return _Layout(True, (1,) if "b" in names else _INPUTS[weight.rsplit("_", 1)[-1]])
+
+
+def _dimension_numbers(params: Any) -> Any:
+    """Muon's for every parameter, a stacking axis being a batch; None for those that Adam updates."""
+
+    def of(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
+        inputs = _layout(path, leaf.shape).inputs
+        outputs = tuple(axis for axis in range(1, len(leaf.shape)) if axis not in inputs)
+        return MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs) if inputs else None
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+# ---- AdamW -----------------------------------------------------------------------------------------------------------
+
+
+def _scale_by_adam(b1: float, b2: float, dtype: jnp.dtype, eps: float = 1e-8) -> optax.GradientTransformation:
+    """As optax.scale_by_adam, computed in float32, with both moments stored in `dtype` whatever that of the weights.
+
+    In bfloat16 the second moment is rounded up or down at random, right in the mean: to the nearest, a change of less than
+    1/512, such as every fall at b2 = 0.999, would be lost for ever. The draws follow from the number of updates.
+    """
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        zeros = optax.tree.zeros_like(params, dtype=dtype)
+        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros, nu=zeros)
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        del params
+        count = optax.safe_increment(state.count)
+        gradients, mu, nu = (optax.tree.cast(tree, jnp.float32) for tree in (gradients, state.mu, state.nu))
+        mu = optax.tree.update_moment(gradients, mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(gradients, nu, b2, 2)
+        mu_hat, nu_hat = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
+        if dtype == jnp.bfloat16:
+            leaves, tree = jax.tree.flatten(nu)
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(leaves))
+            nu = jax.tree.unflatten(tree, [_stochastic_bfloat16(x, k) for x, k in zip(leaves, keys, strict=True)])
+        return updates, optax.ScaleByAdamState(count=count, mu=optax.tree.cast(mu, dtype), nu=optax.tree.cast(nu, dtype))
+
+    return optax.GradientTransformation(init, cast(Any, update))
+
+
+def _stochastic_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Float32 x to one of its two neighbours in bfloat16, the nearer the likelier."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+# ---- Adafactor -------------------------------------------------------------------------------------------------------
+
+
+def _scale_by_factored_rms() -> optax.GradientTransformation:
+    """Adafactor's scaling of each layer's matrix by itself, in float32: optax would factor a stack over its two longest axes,
+    which may be two of one side of the matrix, and clip all layers as one."""
+    one = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=1), optax.clip_by_block_rms(1.0))
+
+    def matrices(tree: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Stacks [L, in, out] or [L, n], and the rest, in float32."""
+        stacks, rest = [], []
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            layout, x = _layout(path, x.shape), x.astype(jnp.float32)
+            if layout.inputs:
+                x = x.reshape(x.shape[0], math.prod(x.shape[axis] for axis in layout.inputs), -1)
+            (stacks if layout.stacked else rest).append(x)
+        return stacks, rest
+
+    def init(params: Any) -> tuple[Any, Any]:
+        stacks, rest = matrices(params)
+        return jax.vmap(one.init)(stacks), one.init(rest)
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        stacks, rest = matrices(gradients)
+        # In the parameters' place stand arrays of their shapes: nothing else of them is read.
+        stacks, of_stacks = jax.vmap(one.update)(stacks, state[0], stacks)
+        rest, of_rest = one.update(rest, state[1], rest)
+        scaled_stacks, scaled_rest = iter(stacks), iter(rest)
+
+        def back(path: Any, g: jax.Array) -> jax.Array:
+            return next(scaled_stacks if _layout(path, g.shape).stacked else scaled_rest).reshape(g.shape)
+
+        return jax.tree_util.tree_map_with_path(back, gradients), (of_stacks, of_rest)
+
+    return optax.GradientTransformation(init, cast(Any, update))

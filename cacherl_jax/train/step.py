@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from cacherl_jax.model import qwen3
+from cacherl_jax.model import lora, qwen3
 from cacherl_jax.model.qwen3 import Execution
 from cacherl_jax.train import losses
 from cacherl_jax.types import Batch
 
 jax.tree_util.register_dataclass(Batch, data_fields=[f.name for f in dataclasses.fields(Batch)], meta_fields=[])
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +127,7 @@ def grpo_gradients(
 
 
 def _model(trained: Any, frozen: qwen3.Qwen3 | None) -> qwen3.Qwen3:
-    if frozen is None:
-        return trained
-    from cacherl_jax.model import lora
-
-    return lora.attach(frozen, trained)
+    return trained if frozen is None else lora.attach(frozen, trained)
 
 
 def _gradients(loss_fn: Callable[..., Any], trained: Any, share: jax.Array, execution: Execution) -> Gradients:
@@ -143,7 +140,10 @@ def constrained(weights: Any, mesh: Mesh | None) -> Any:
     """Inside a program: a model, an adapter, or gradients of one, laid out as weights are."""
     if mesh is None:
         return weights
-    shardings = qwen3.shardings(weights.config, mesh)
+    if isinstance(weights, lora.Adapter):
+        shardings: Any = lora.shardings(weights.model, weights.config, mesh)
+    else:
+        shardings = qwen3.shardings(weights.config, mesh)
     return jax.lax.with_sharding_constraint(weights, shardings)
 
 
