@@ -99,8 +99,8 @@ def _scale_by_adam(b1: float, b2: float, dtype: jnp.dtype, eps: float = 1e-8) ->
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
-        zeros = optax.tree.zeros_like(params, dtype=dtype)
-        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros, nu=zeros)
+        mu, nu = (optax.tree.zeros_like(params, dtype=dtype) for _ in range(2))  # an update donates each: no shared buffers
+        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=mu, nu=nu)
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         del params
