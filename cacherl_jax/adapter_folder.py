@@ -115,4 +115,6 @@ def merging_kl(model: qwen3.Qwen3, rows: Sequence[Sequence[int]]) -> dict[str, A
 @jax.jit
 def _kl(model: qwen3.Qwen3, p_ND: jax.Array, q_ND: jax.Array) -> jax.Array:
     p_NV, q_NV = (jax.nn.log_softmax(qwen3.logits(model, x_ND)) for x_ND in (p_ND, q_ND))
-    return (jnp.exp(p_NV) * (p_NV - q_NV)).sum(axis=-1)
+    d_NV = q_NV - p_NV
+    # The sum of p (-d), and of q - p, which is 0: no term is negative, and rounding of the large ones does not hide the small.
+    return (jnp.exp(p_NV) * (jnp.expm1(d_NV) - d_NV)).sum(axis=-1)
