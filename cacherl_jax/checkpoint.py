@@ -6,13 +6,13 @@ a run which goes on from a checkpoint meets the same ones. Arrays are restored o
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -37,6 +37,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, latest: int = 1, best: int = 0) -> None:
         # best_fn makes orbax store metrics; with max_to_keep it would delete the newest where an older one is better.
+        self._best = best
         policies = [LatestN(latest), BestN(get_metric_fn=_metric, n=best, keep_checkpoints_without_metrics=False)]
         options = ocp.CheckpointManagerOptions(
             create=True,
@@ -62,9 +63,9 @@ class Checkpoints:
         Raises what went wrong in the save before; leaving the `with` raises what went wrong in the last.
         """
         if step > 0 and self._manager.latest_step() != step:
-            self._writer.submit(self._begin, step, _tree(state), None if metric is None else {"metric": metric}).result()
+            self._writer.submit(self._begin, step, _tree(state), {"metric": metric} if self._best else None).result()
 
-    def _begin(self, step: int, tree: dict[str, Any], metrics: dict[str, float] | None) -> None:
+    def _begin(self, step: int, tree: dict[str, Any], metrics: dict[str, float | None] | None) -> None:
         args = ocp.args.PyTreeSave(tree, save_args=save_args(tree), ocdbt_target_data_file_size=FILE_BYTES)
         self._manager.save(step, args=args, metrics=metrics)
 
@@ -182,8 +183,8 @@ def _attributes(path: Any) -> list[str]:
     return [name for name in _names(path) if name != "value"]  # the last step, inside an nnx.Param
 
 
-def _metric(metrics: dict[str, float]) -> float:
-    return metrics["metric"]
+def _metric(metrics: dict[str, float | None]) -> float:
+    return -math.inf if metrics["metric"] is None else metrics["metric"]
 
 
 def _restore_args(like: Any, *, partial: bool = False) -> Any:

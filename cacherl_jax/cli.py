@@ -11,31 +11,46 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cacherl_jax import convert_verb, rollout_verb
+from cacherl_jax import convert_verb, interrupts, rollout_verb
 from cacherl_jax.cache_cli import add_verbs
 from cacherl_jax.config import Config, ConfigError, load_config, with_overrides
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
 STAGES = ("record", "think", "sft", "grpo", "eval", "report")
+DISTRIBUTED = """this is one of several processes with devices of their own, all started by the same command; --out is a
+folder that all share. Cloud TPU, Slurm, Open MPI and Kubernetes say who they are; elsewhere set JAX_COORDINATOR_ADDRESS
+(HOST:PORT of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0). A signal to one stops all at the same step"""
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 for a run that cannot go on, 2 for wrong usage, 130 when interrupted."""
+    """Returns the exit status: 0, 1 for a run that cannot go on, 2 for wrong usage, 130 after Ctrl-C, 0 after SIGTERM."""
     args = _parser().parse_args(argv)
     try:
         result = args.verb(args)
-    except KeyboardInterrupt:
-        print("\ncacherl: interrupted. What was done is kept; the same command goes on from there.", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        terminated = interrupts.signal_of(error) == signal.SIGTERM
+        word = "terminated" if terminated else "interrupted"
+        print(f"\ncacherl: {word}. What was done is kept; the same command goes on from there.", file=sys.stderr)
+        return 0 if terminated else INTERRUPTED
     except ConfigError as error:
         print(f"cacherl: {error}", file=sys.stderr)
         return 2
     except _run_errors() as error:
         print(f"cacherl: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(result) if args.json else _readable(result))
+    if _first(args):
+        print(json.dumps(result) if args.json else _readable(result))
     return 0
+
+
+def _first(args: argparse.Namespace) -> bool:
+    """Whether this process speaks for all."""
+    if not getattr(args, "distributed", False):
+        return True
+    from cacherl_jax import processes
+
+    return processes.is_first()
 
 
 def _run_errors() -> tuple[type[Exception], ...]:
@@ -65,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--seed", type=int, help="short for --set seed=N")
         verb.add_argument("--out", type=Path, required=True, help="the run's folder")
         verb.add_argument("--json", action="store_true", help="one JSON object on standard output, no progress bars")
+        verb.add_argument("--distributed", action="store_true", help=DISTRIBUTED)
         verb.set_defaults(verb=_run_stages, stages=STAGES if name == "demo" else (name,))
         if name == "rollout":
             rollout_verb.add_arguments(verb)
@@ -85,8 +101,11 @@ def _config(args: argparse.Namespace) -> Config:
 
 def _run_stages(args: argparse.Namespace) -> dict[str, Any]:
     config = _config(args)  # checked before anything heavy is imported
-    from cacherl_jax import metrics, stages
+    _join(args, config)
+    from cacherl_jax import metrics, stage_inputs, stages
     from cacherl_jax.run_directory import RunDirectory
+
+    stage_inputs.check_weights(config)
 
     verbs: dict[str, Callable[..., dict[str, Any]]] = {
         "record": stages.record,
@@ -97,7 +116,7 @@ def _run_stages(args: argparse.Namespace) -> dict[str, Any]:
         "report": stages.summarise,
     }
     run = RunDirectory(args.out, config)
-    progress = metrics.progress_factory(enabled=not args.json)
+    progress = metrics.progress_factory(enabled=not args.json and _first(args))
     result: dict[str, Any] = {}
     for stage in args.stages:
         result = verbs[stage](run, progress)
@@ -106,9 +125,18 @@ def _run_stages(args: argparse.Namespace) -> dict[str, Any]:
 
 def _rollout(args: argparse.Namespace) -> dict[str, Any]:
     config = _config(args)
+    _join(args, config)
     from cacherl_jax import metrics
 
-    return rollout_verb.rollout(args, config, metrics.progress_factory(enabled=not args.json))
+    return rollout_verb.rollout(args, config, metrics.progress_factory(enabled=not args.json and _first(args)))
+
+
+def _join(args: argparse.Namespace, config: Config) -> None:
+    if args.distributed:
+        from cacherl_jax import processes, versions
+
+        processes.start()
+        processes.refuse_differences({"config": config.to_json(), "versions": versions.installed()})
 
 
 def _convert(args: argparse.Namespace) -> dict[str, Any]:
@@ -165,9 +193,11 @@ def _cell(value: Any) -> str:
 
 
 def command() -> NoReturn:
-    """`main` as a process. Its status is final: a Ctrl-C while the interpreter takes itself down changes nothing."""
+    """`main` as a process. Its status is final: a signal while the interpreter takes itself down changes nothing."""
+    signal.signal(signal.SIGTERM, interrupts.raise_terminated)
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(status)
 
 

@@ -286,6 +286,11 @@ class Config:
             self.cache.on_miss != "live",
             "cache.on_miss='live' cannot be run: no stage of a run may reach a live tool; use error, nearest or fail",
         )
+        _require(
+            not self.grpo.packed_length or self.grpo.packed_length >= self.rollout.context,
+            f"grpo.packed_length={self.grpo.packed_length} is below rollout.context={self.rollout.context}; "
+            "an episode of that many tokens would fit into no row",
+        )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -44,6 +44,10 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def index() -> int:
+    return jax.process_index()
+
+
 def agree(numbers: Sequence[int]) -> list[int]:
     """The largest of each number over all processes. Every process calls this the same number of times."""
     if jax.process_count() == 1:

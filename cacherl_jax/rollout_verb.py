@@ -98,7 +98,7 @@ def _play(
 ) -> dict[str, Any]:
     import jax
 
-    from cacherl_jax import interrupts
+    from cacherl_jax import interrupts, processes
     from cacherl_jax.rollout import runner
     from cacherl_jax.rollout.engine import Engine
     from cacherl_jax.rollout.stream import TrajectoryStream, read_stream
@@ -118,7 +118,8 @@ def _play(
             engine, engine.place(model), tok, specs, episodes, provider, config.rollout, config.seed,
             replays=replays, finished=finished.values(), on_done=on_done,
         )  # fmt: skip
-    write_lines(folder / "trajectories.jsonl", (t.to_json() for t in trajectories))
+    if processes.is_first():
+        write_lines(folder / "trajectories.jsonl", (t.to_json() for t in trajectories))
     result = summary(trajectories) | {"compilations": engine.compilations()}
     path.unlink()
     return result
@@ -220,7 +221,9 @@ def _policy(
     if args.policy is not None and model_folder.is_converted(args.policy):
         config = dataclasses.replace(config, model=model_folder.model_config(args.policy))
     else:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tok.vocab_size))
+        # A stage that started from given weights has a vocabulary larger than its tokenizer.
+        size = tok.vocab_size if args.policy is None else model_folder.model_config(args.policy).vocab_size
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     mesh = make_mesh(config.mesh)
     if args.policy is None:
         return tok, config, qwen3.init(config.model, jax.random.key(config.seed), mesh)

@@ -7,7 +7,8 @@
     OUT/cpu.jsonl               CPU-seconds of every attempt, those ended by Ctrl-C included, by kill -9 not
 
 A stage that is done is not run again, one that was interrupted goes on. A stage that was begun with other settings is
-refused with the difference: results of two configurations never mix in one folder.
+refused with the difference: results of two configurations never mix in one folder. Of several processes, which see one
+folder, the first writes all this and the others wait for it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cacherl_jax import versions
+from cacherl_jax import processes, versions
 from cacherl_jax.config import Config, ConfigError
 
 
@@ -77,18 +78,45 @@ class RunDirectory:
             raise ConfigError(f"stage {stage!r} has not finished in {self.out}; run `cacherl {stage.split('/')[0]}` first")
         return result
 
-    def run(self, stage: str, parts: Sequence[str], body: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """Runs `body(folder)` unless done. `parts` names the configuration that the stage depends on: "sft", "rollout.context"."""
+    def run(
+        self, stage: str, parts: Sequence[str], body: Callable[[Path], dict[str, Any]], *, alone: bool = False
+    ) -> dict[str, Any]:
+        """Runs `body(folder)` unless done. `parts` names the configuration that the stage depends on: "sft", "rollout.context".
+
+        Every process runs it, or with `alone` the first, for stages that use no device.
+        """
         result = self.done(stage)
-        if result is not None:
-            return result
+        (finished,) = processes.agree([result is not None])  # and nobody writes before all have looked
+        if finished:
+            return self.require(stage)
         folder = self.out / stage
-        write_json(self.out / "run.json", {"config": self.config.to_json(), "versions": versions.installed()})
-        write_json(folder / "settings.json", self._part(parts))
+        if processes.is_first():
+            write_json(self.out / "run.json", {"config": self.config.to_json(), "versions": versions.installed()})
+            write_json(folder / "settings.json", self._part(parts))
+        processes.wait()
+        if not (folder / "settings.json").is_file():
+            raise ConfigError(f"process {processes.index()} does not see {folder}: --out must be a folder that all share")
+        if alone:
+            return self._alone(stage, body)
         with self._cpu_time(stage):
             result = body(folder)
-        write_json(folder / "done.json", result)
+        if processes.is_first():
+            write_json(folder / "done.json", result)
+        processes.wait()
         return result
+
+    def _alone(self, stage: str, body: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        failed = True
+        try:
+            if processes.is_first():
+                with self._cpu_time(stage):
+                    write_json(self.out / stage / "done.json", body(self.out / stage))
+            failed = False
+        finally:
+            (failed,) = processes.agree([failed])  # the others wait here
+        if failed:
+            raise ConfigError(f"stage {stage!r} failed in the first process, which says why")
+        return self.require(stage)
 
     def cpu_seconds(self) -> dict[str, float]:
         """CPU-seconds by stage, every recorded attempt counted."""
@@ -114,8 +142,9 @@ class RunDirectory:
         try:
             yield
         finally:
-            with (self.out / "cpu.jsonl").open("a") as f:
-                f.write(json.dumps({"stage": stage, "cpu_seconds": round(time.process_time() - start, 2)}) + "\n")
+            if processes.is_first():
+                with (self.out / "cpu.jsonl").open("a") as f:
+                    f.write(json.dumps({"stage": stage, "cpu_seconds": round(time.process_time() - start, 2)}) + "\n")
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

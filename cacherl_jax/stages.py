@@ -14,31 +14,40 @@ Training opens training.sqlite (and validation.sqlite for its curve); evaluation
 from __future__ import annotations
 
 import dataclasses
-import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cacherl_jax import checkpoint, metrics
 from cacherl_jax import corpus as corpora
-from cacherl_jax.cache.best_effort import open_simulator
+from cacherl_jax import metrics, processes
 from cacherl_jax.cache.fit import fit
 from cacherl_jax.cache.fit import write as write_fitted
 from cacherl_jax.cache.imports import describe
-from cacherl_jax.cache.lookup import CachedTools, record_transcript
+from cacherl_jax.cache.lookup import record_transcript
 from cacherl_jax.cache.snapshot import snapshot_id
-from cacherl_jax.cache.store import SQLiteStore, StoreError
-from cacherl_jax.config import Config, ConfigError, ModelConfig
+from cacherl_jax.cache.store import SQLiteStore
+from cacherl_jax.config import ConfigError
 from cacherl_jax.evaluate import coverage, intervals, process_accuracy, report
-from cacherl_jax.mesh import make_mesh
 from cacherl_jax.model import qwen3
 from cacherl_jax.reward import answer, process
 from cacherl_jax.rollout import runner
 from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.run_directory import RunDirectory, write_json, write_lines
+from cacherl_jax.stage_inputs import (
+    STORES,
+    given_tokenizer,
+    load_policy,
+    load_specs,
+    load_tasks,
+    load_tokenizer,
+    load_trajectories,
+    model_config,
+    open_cache,
+)
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import Tokenizer, train_tokenizer
-from cacherl_jax.tools.registry import specs_from_json, specs_to_json
+from cacherl_jax.tools.registry import specs_to_json
 from cacherl_jax.train import grpo, sft
 from cacherl_jax.trajectories.teacher import ScriptedTeacher
 from cacherl_jax.trajectories.thinking import ThinkingReport, add_thinking
@@ -47,13 +56,12 @@ from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task, ToolProvider, ToolSpec, Transcript
 
 SPLITS = ("train", "validation", "test")
-STORES = {"train": "training.sqlite", "validation": "validation.sqlite", "test": "evaluation.sqlite"}
 EXPERT = "expert"
 POLICIES = ("sft", "expert_sft", "grpo")
 
 # The configuration that each stage depends on.
 RECORD = ("seed", "data", "cache")
-THINK = (*RECORD, "tokenizer")
+THINK = (*RECORD, "tokenizer", "weights")
 GRPO = (*THINK, "model", "mesh", "sft", "rollout", "grpo")
 
 EVAL_SAMPLE = 0
@@ -98,7 +106,7 @@ def record(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, An
                 write_transcripts(folder / "transcripts.jsonl", transcripts)
         return result
 
-    return run.run("record", RECORD, body)
+    return run.run("record", RECORD, body, alone=True)
 
 
 # ---- think -----------------------------------------------------------------------------------------------------------
@@ -117,8 +125,13 @@ def think(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any
                 thought.append(add_thinking(transcript, teacher, counts))
                 bar.update(1)
         write_transcripts(folder / "transcripts.jsonl", thought)
-        if run.config.tokenizer.path:
-            tok = Tokenizer.load(Path(run.config.tokenizer.path))
+        given = given_tokenizer(run.config)
+        if given is not None:
+            tok = Tokenizer.load(given)
+            tok.save(folder / "tokenizer")
+            if not run.config.tokenizer.path:
+                # With all that came with the weights, such as config.json: `convert --to-hf` of a stage gives it back.
+                shutil.copytree(given, folder / "tokenizer", dirs_exist_ok=True)
         else:
             texts = (text for transcript in thought for text in _texts(transcript))
             # Tools that training never shows get no tokens of their own: their definitions are read as text.
@@ -128,10 +141,10 @@ def think(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any
                 tok = train_tokenizer(texts, runs, run.config.tokenizer.vocab_size)
             except ValueError as error:
                 raise ConfigError(f"tokenizer.vocab_size: {error}") from error
-        tok.save(folder / "tokenizer")
+            tok.save(folder / "tokenizer")
         return {"transcripts": len(thought), "unreadable": problems, "vocab_size": tok.vocab_size} | counts.to_json()
 
-    return run.run("think", THINK, body)
+    return run.run("think", THINK, body, alone=True)
 
 
 def _texts(transcript: Transcript) -> Iterable[str]:
@@ -161,7 +174,7 @@ def _supervised(run: RunDirectory, stage: str, agent: str | None, progress: metr
             tok,
             (t for t in transcripts if agent is None or t.agent == agent),
             specs,
-            context=config.rollout.context,
+            context=min(config.rollout.context, config.sft.packed_length or config.rollout.context),
             max_tool_tokens=config.rollout.max_tool_tokens,
         )
         sft.train(config, rows, folder, progress=progress)
@@ -226,7 +239,9 @@ def evaluate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, 
                             engine, model, tok, specs, [(task, EVAL_SAMPLE) for task in tasks], provider, sampling,
                             config.seed, on_done=lambda _: bar.update(1),
                         )  # fmt: skip
-                        write_lines(path, (t.to_json() for t in trajectories))
+                        if processes.is_first():
+                            write_lines(path, (t.to_json() for t in trajectories))
+                        processes.wait()
                     else:
                         bar.update(len(tasks))
                     trajectories = load_trajectories(path)
@@ -256,7 +271,9 @@ def _correct(path: Path, tasks: Sequence[Task], specs: Mapping[str, ToolSpec]) -
 
 
 def summarise(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any]:
-    """summary.json, the figure, the table and the page of trajectories. Made anew at every call."""
+    """summary.json, the figure, the table and the page of trajectories. Made anew at every call, by the first process."""
+    if not processes.is_first():
+        return {}
     results, rl, recorded = run.require("eval"), run.require("grpo"), run.require("record")
     specs, tok = load_specs(run), load_tokenizer(run)
     tasks = {task.id: task for task in load_tasks(run, "test")}
@@ -340,45 +357,3 @@ def _rewards(task: Task, trajectory: Trajectory, specs: Mapping[str, ToolSpec]) 
         "process": parts.total,
         "correct": process_accuracy.process_accuracy(task, trajectory.calls_made, specs),
     }
-
-
-# ---- what stages hand to each other ----------------------------------------------------------------------------------
-
-
-def load_specs(run: RunDirectory) -> dict[str, ToolSpec]:
-    return specs_from_json(json.loads((run.out / "record" / "tools.json").read_text()))
-
-
-def load_tasks(run: RunDirectory, split: str) -> list[Task]:
-    lines = (run.out / "record" / f"tasks.{split}.jsonl").read_text().splitlines()
-    return [Task.from_json(json.loads(line)) for line in lines]
-
-
-def load_tokenizer(run: RunDirectory) -> Tokenizer:
-    return Tokenizer.load(run.out / "think" / "tokenizer")
-
-
-def model_config(run: RunDirectory) -> Config:
-    """The run's configuration with the vocabulary's size filled in."""
-    model: ModelConfig = dataclasses.replace(run.config.model, vocab_size=run.require("think")["vocab_size"])
-    return dataclasses.replace(run.config, model=model)
-
-
-def open_cache(run: RunDirectory, split: str, specs: Mapping[str, ToolSpec]) -> CachedTools:
-    store, config = SQLiteStore(run.out / "record" / STORES[split], mode="r"), run.config.cache
-    recorded, found = run.require("record")[split]["snapshot"], snapshot_id(store)
-    if found != recorded:
-        raise StoreError(f"store {store.path} has changed since it was recorded: snapshot {found}, recorded as {recorded}")
-    # Replies of one split's calls are kept apart: what training was told is never told in evaluation.
-    simulator = open_simulator(config, run.out / "record" / f"simulated.{split}.sqlite")
-    return CachedTools(store, specs, config, run.config.seed, simulator=simulator)
-
-
-def load_policy(run: RunDirectory, stage: str, config: Config) -> qwen3.Qwen3:
-    """The trained model of a finished stage."""
-    like = checkpoint.abstract_model(config.model, make_mesh(config.mesh))
-    return checkpoint.restore_model(run.out / stage / "checkpoints", like)
-
-
-def load_trajectories(path: Path) -> list[Trajectory]:
-    return [Trajectory.from_json(json.loads(line)) for line in path.read_text().splitlines()]

@@ -276,6 +276,8 @@ def forward(
     x_BTD = embed(model.embed_VD[...], tokens_BT, dtype, mesh)
 
     def block(x_BTD: jax.Array, stacked: tuple[Layers, Any]) -> tuple[jax.Array, None]:
+        if dtype != jnp.dtype(c.dtype):  # a layer at a time: without it XLA converts the whole stack beforehand and keeps it
+            stacked = jax.lax.optimization_barrier(stacked)
         layer = Layer(*jax.tree.map(lambda w: w.astype(dtype), stacked))
         q_BTNH, k_BTKH, v_BTKH = _qkv(layer, x_BTD, angles, c)
         o_BTNH = attention.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, mesh)

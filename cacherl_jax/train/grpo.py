@@ -19,7 +19,8 @@ import numpy as np
 
 from cacherl_jax import adapter_folder, checkpoint, interrupts, mesh, metrics, processes
 from cacherl_jax.config import Config
-from cacherl_jax.data.pipeline import Row, bucket_lengths, bucketed
+from cacherl_jax.data.packing import packed
+from cacherl_jax.data.pipeline import Packs, Row, bucket_lengths, bucketed, taken_apart
 from cacherl_jax.model import lora, qwen3
 from cacherl_jax.reward import answer, process, tier
 from cacherl_jax.rollout import runner, stream
@@ -32,7 +33,7 @@ from cacherl_jax.train.optimizer import make_optimizer
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Batch, Task, ToolProvider, ToolSpec
 
-Placed = Sequence[tuple[Batch, list[int]]]  # batches on the mesh, with the indices of their rows
+Placed = Sequence[tuple[Batch, Packs]]  # batches on the mesh, with the places of the rows that they were made of
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,8 +162,12 @@ def train(
         return engine.place(state.model if frozen is None else lora.merge(model_of(state)))
 
     def batches_of(rows: Sequence[Row]) -> Placed:
-        batches = bucketed(rows, buckets, grpo.tokens_per_batch, mesh.row_ways(devices))
-        return [(mesh.place(batch, devices), members) for batch, members in batches]
+        ways = mesh.row_ways(devices)
+        if grpo.packed_length:
+            batches = packed(rows, grpo.packed_length, grpo.tokens_per_batch, ways)
+        else:
+            batches = bucketed(rows, buckets, grpo.tokens_per_batch, ways)
+        return [(mesh.place(batch, devices), packs) for batch, packs in batches]
 
     def play(step: int, chosen: Sequence[Task], policy: qwen3.Qwen3, *, resumed: bool) -> list[Trajectory]:
         """The episodes of a step by `policy`, as the engine holds it; `resumed`: some may have been played already."""
@@ -267,10 +272,7 @@ def _rows(scored: Scored) -> list[Row]:
 
 def _by_row(rows: Sequence[Row], batches: Placed, logprobs: Sequence[Any]) -> list[np.ndarray]:
     """Logprobs of batches, taken apart into those of rows, without the padding."""
-    out: dict[int, np.ndarray] = {}
-    for (_, members), logprobs_BT in zip(batches, map(processes.whole, logprobs), strict=True):
-        out |= {i: logprobs_BT[b, : len(rows[i].tokens_T)] for b, i in enumerate(members)}
-    return [out[i] for i in range(len(rows))]
+    return taken_apart(rows, [(processes.whole(x), packs) for x, (_, packs) in zip(logprobs, batches, strict=True)])
 
 
 def write_rollouts(path: Path, scored: Scored) -> None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from cacherl_jax import adapter_folder, checkpoint, interrupts, mesh, metrics, processes
 from cacherl_jax.config import Config
+from cacherl_jax.data.packing import PackedBatches
 from cacherl_jax.data.pipeline import EpochBatches, Row
 from cacherl_jax.model import lora, qwen3
 from cacherl_jax.text import chat
@@ -61,7 +62,7 @@ def train(
     if adapted:
         weights = adapter_folder.abstract_adapter(config.model, sft.lora, devices)
     like = checkpoint.abstract_state(weights, tx, devices)
-    batches = EpochBatches(rows, tokens_per_batch=sft.tokens_per_batch, seed=config.seed, ways=mesh.row_ways(devices))
+    batches = _batches(config, rows, mesh.row_ways(devices))
     processes.refuse_differences({"rows": _digest(rows)})
     with interrupts.held(), checkpoint.Checkpoints(adapter_folder.checkpoints(directory, sft.lora)) as saved:
         frozen = _first_model(config, devices) if adapted else None
@@ -82,13 +83,15 @@ def train(
                     processes.check()
                     chosen = [batches.batch(done * sft.accumulate + i) for i in range(sft.accumulate)]
                     tokens = sum(int((batch.segment_ids_BT > 0).sum()) for batch in chosen)
+                    filled = tokens / sum(batch.segment_ids_BT.size for batch in chosen)  # the rest is padding
                     placed = [mesh.place(batch, devices) for batch in chosen]
                     gradients, values, _ = steps.accumulate(gradients_of, state.model, frozen, placed)
                     state, norm = update(state, gradients)
                     done += 1
                     rate.add(tokens)
                     if done % 10 == 0 or done == sft.steps:
-                        row = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm), "tokens": tokens}
+                        row = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
+                        row |= {"tokens": tokens, "filled": filled}
                         log.write({"stage": directory.name, "step": done} | row | {"rate": rate.read()})
                         bar.set_postfix(loss=f"{row['loss']:.3f}")
                     bar.update(1)
@@ -102,6 +105,13 @@ def train(
     base = Path(config.weights) if config.weights else config.seed
     shown = [row.tokens_T for row in rows]
     return adapter_folder.finish(directory, base, lora.attach(frozen, state.model), done, shown, donate=True)
+
+
+def _batches(config: Config, rows: Sequence[Row], ways: int) -> EpochBatches | PackedBatches:
+    sft = config.sft
+    if sft.packed_length:
+        return PackedBatches(rows, sft.packed_length, tokens_per_batch=sft.tokens_per_batch, seed=config.seed, ways=ways)
+    return EpochBatches(rows, tokens_per_batch=sft.tokens_per_batch, seed=config.seed, ways=ways)
 
 
 def _first_model(config: Config, devices: Mesh) -> qwen3.Qwen3:
