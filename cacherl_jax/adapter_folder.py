@@ -72,7 +72,8 @@ def export(stage: Path, target: Path, mesh: Mesh, dtype: str | None) -> dict[str
     described = json.loads((stage / DESCRIPTION).read_text())
     config = Config.from_json({"model": described["model"], "sft": {"lora": described["lora"]}})
     model = dataclasses.replace(config.model, dtype=dtype or config.model.dtype)
-    adapter: Any = checkpoint.restore_model(stage / "adapter", abstract_adapter(model, config.sft.lora, mesh))
+    like: Any = abstract_adapter(model, config.sft.lora, mesh)
+    adapter: Any = checkpoint.restore_model(stage / "adapter", like)
     if isinstance(described["base"], int):
         name, base = f"random weights of seed {described['base']}", qwen3.init(model, jax.random.key(described["base"]), mesh)
     else:

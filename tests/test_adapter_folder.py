@@ -80,7 +80,7 @@ def test_the_adapter_is_exported_for_peft_with_the_kl_of_merging_it(run, tmp_pat
     cacherl("convert", "--from", run / "sft", "--to-hf", tmp_path / "exact", "--adapter")
     cacherl("convert", "--from", run / "grpo", "--to-hf", tmp_path / "half", "--adapter", "--dtype", "bfloat16")
     measured = {name: json.loads((tmp_path / name / "merge.json").read_text()) for name in ("exact", "half")}
-    assert measured["exact"]["kl_mean"] < 1e-9 and 1e-9 < measured["half"]["kl_mean"] < measured["half"]["kl_max"] < 0.1
+    assert measured["exact"]["kl_mean"] < 1e-12 < measured["half"]["kl_mean"] < measured["half"]["kl_max"] < 0.1
     assert measured["exact"]["tokens"] == sum(map(len, json.loads((run / "sft" / "adapter.json").read_text())["rows"]))
     config = json.loads((tmp_path / "half" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj", "down_proj"] and (config["r"], config["lora_alpha"]) == (2, 32.0)
@@ -121,7 +121,7 @@ MODEL = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, nu
 CONFIG = Config(
     model=MODEL,
     sft=SftConfig(
-        steps=4, tokens_per_batch=256, checkpoint_every=1, lora=LoraConfig(rank=4),
+        steps=4, tokens_per_batch=256, checkpoint_every=1, lora=LoraConfig(rank=4, matrices=("query", "down")),
         optimizer=OptimizerConfig(name="adamw", moments="bfloat16", learning_rate=0.01, warmup_steps=0),
     ),
 )  # fmt: skip
@@ -166,18 +166,19 @@ def test_eight_devices_train_an_adapter_as_one_does():
         from cacherl_jax.train import step as steps
         from cacherl_jax.train.optimizer import make_optimizer
         MODEL = {MODEL!r}
+        LORA = LoraConfig(rank=4, matrices=("query", "down"))
         rng = np.random.default_rng(0)
         batch = collate([Row(rng.integers(0, 64, 64).astype(np.int32), rng.random(64) < 0.6) for _ in range(8)], 64, 8)
 
         def trained(axes, devices, name):
             place = mesh.make_mesh(axes, devices)
             base = qwen3.init(MODEL, jax.random.key(0), place)
-            adapter = lora.init(MODEL, LoraConfig(rank=4), jax.random.key(1), place)
+            adapter = lora.init(MODEL, LORA, jax.random.key(1), place)
             tx = make_optimizer(OptimizerConfig(name=name, learning_rate=1e-2, warmup_steps=0), 5)
-            like = checkpoint.abstract_state(adapter_folder.abstract_adapter(MODEL, LoraConfig(rank=4), place), tx, place)
+            like = checkpoint.abstract_state(adapter_folder.abstract_adapter(MODEL, LORA, place), tx, place)
             state, update = checkpoint.new_state(adapter, tx, place), steps.make_update(tx, like)
             execution, losses = qwen3.Execution(place), []
-            for _ in range(3):
+            for _ in range(2):
                 gradients, values, _ = steps.sft_gradients(
                     state.model, base, mesh.place(batch, place), jnp.float32(1), execution=execution
                 )
@@ -185,27 +186,32 @@ def test_eight_devices_train_an_adapter_as_one_does():
                 losses.append(float(values["loss"]))
                 for x in (state.model, gradients):
                     for path, leaf in jax.tree_util.tree_leaves_with_path(x):
-                        if leaf.ndim == 3 and "output" not in str(path):
-                            assert leaf.sharding.shard_shape(leaf.shape) == expected(axes, jax.tree_util.keystr(path), leaf.shape), path
+                        if leaf.ndim == 3:
+                            found = leaf.sharding.shard_shape(leaf.shape)
+                            assert found == expected(axes, jax.tree_util.keystr(path), leaf.shape), path
                 for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(like)):
-                    assert a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.shape, a.sharding, b.sharding)
+                    assert a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.shape, a.sharding)
+                if name == "adamw":  # moments lie as their factors
+                    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim > 1]
+                    for x, moment in zip(2 * jax.tree.leaves(state.model), moments, strict=True):
+                        assert x.sharding.is_equivalent_to(moment.sharding, x.ndim)
             merged = lora.merge(lora.attach(base, state.model))
             where = qwen3.shardings(MODEL, place)
             jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or 1 / 0, merged, where)
             return losses, jax.tree.map(np.asarray, qwen3.to_dict(merged))
 
         def expected(axes, path, shape):
-            # [L, in, R] and [L, R, out] of key, query and value; in over fsdp, heads (one axis more) and ffn over tp
+            # [L, D, R] and [L, F, R] of query and down, [L, R, D] of down: D over fsdp, F over tp
             L, x, y = shape
             if ".down" in path:
                 return (L, x // axes.tp, y) if ".a" in path else (L, x, y // axes.fsdp)
             return (L, x // axes.fsdp, y) if ".a" in path else (L, x, y // axes.tp)
 
-        for name in ("adamw", "adafactor", "muon"):
+        for name in ("adamw", "adafactor"):
             losses, merged = trained(MeshConfig(data=2, fsdp=2, tp=2), None, name)
             losses_1, merged_1 = trained(MeshConfig(), jax.devices()[:1], name)
             np.testing.assert_allclose(losses, losses_1, atol=2e-5)
-            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3 if name == "muon" else 2e-4), merged, merged_1)
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), merged, merged_1)
             assert losses[-1] < losses[0]
     """
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
