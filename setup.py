@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "tpu": ["jax[tpu]"],
+    "tpu": ["jax[tpu]", "libtpu"],
     "report": ["matplotlib>=3.8"],
     "data": ["array_record>=0.8"],
     "parity": ["torch"],

@@ -1,5 +1,5 @@
 """The `cacherl` command: one verb a stage, `demo` for all of them, `rollout` for episodes alone, `convert` for weights,
-`cache` for stores."""
+`plan` for what a run needs on a TPU, `doctor` for this machine, `cache` for stores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cacherl_jax import convert_verb, interrupts, rollout_verb
+from cacherl_jax import convert_verb, doctor_verb, interrupts, plan_verb, rollout_verb
 from cacherl_jax.cache_cli import add_verbs
 from cacherl_jax.config import Config, ConfigError, load_config, with_overrides
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if _first(args):
         print(json.dumps(result) if args.json else _readable(result))
-    return 0
+    return 1 if result.get("known_bad") else 0  # doctor's
 
 
 def _first(args: argparse.Namespace) -> bool:
@@ -75,8 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, text in helps.items():
         verb = verbs.add_parser(name, help=text, description=text)
-        verb.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="a file of configs/, or a run's config as JSON")
-        verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one field; may be repeated")
+        _add_config(verb)
         verb.add_argument("--seed", type=int, help="short for --set seed=N")
         verb.add_argument("--out", type=Path, required=True, help="the run's folder")
         verb.add_argument("--json", action="store_true", help="one JSON object on standard output, no progress bars")
@@ -90,8 +89,23 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="one JSON object on standard output, no progress bar")
     verb.set_defaults(verb=_convert)
     convert_verb.add_arguments(verb)
+    text = "compile a run's step for a TPU slice, without one: memory, FLOPs, bounds on its time, collectives"
+    verb = verbs.add_parser("plan", help=text, description=text)
+    _add_config(verb)
+    verb.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    verb.set_defaults(verb=_plan, seed=None)
+    plan_verb.add_arguments(verb)
+    text = "versions, pairs known to break, devices and their memory, extras; status 1 when something is known to break"
+    verb = verbs.add_parser("doctor", help=text, description=text)
+    verb.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    verb.set_defaults(verb=lambda args: doctor_verb.doctor())
     add_verbs(verbs.add_parser("cache", help="stores of recorded calls: fill, fit, inspect, publish"))
     return parser
+
+
+def _add_config(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="a file of configs/, or a run's config as JSON")
+    verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one field; may be repeated")
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -143,6 +157,11 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax import metrics
 
     return convert_verb.convert(args, metrics.progress_factory(enabled=not args.json))
+
+
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    result = plan_verb.plan(args, _config(args))
+    return result if args.json else plan_verb.readable(result)
 
 
 WIDE = 60  # characters of a table's cell

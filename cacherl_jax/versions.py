@@ -21,13 +21,15 @@ class KnownBadVersions(ImportError):
 
 def installed() -> dict[str, str]:
     """Versions of what decides a run's results, and of Python."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    return versions
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def version(package: str) -> str:
+    """The installed version; "absent" where there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def check_pair(jax: str, flax: str) -> None:

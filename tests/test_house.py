@@ -33,6 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trajectory": {"types"},
     "versions": set(),
     "config": {"types"},
+    "sizes": {"config"},
+    "presets": {"config", "sizes"},
     "interrupts": FIRST,
     "processes": FIRST | {"interrupts"},
     "mesh": FIRST,
@@ -64,10 +66,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stage_inputs": THIRD | {"checkpoint", "model_folder", "run_directory"},
     "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory", "stage_inputs"},
     "rollout_verb": THIRD | {"rollout", "checkpoint", "model_folder", "run_directory"},
+    "plan.topology": FIRST,
+    "plan.hlo": set(),
+    "plan.flops": FIRST,
+    "plan": THIRD | {"rollout", "train", "checkpoint"},
+    "plan_verb": FIRST | {"plan.topology"},
+    "doctor_verb": FIRST,
     "convert_verb": FIRST | {"metrics", "text", "model", "model_folder", "adapter_folder"},
     "cache_verbs": THIRD | {"evaluate"},
     "cache_cli": {"cache_verbs"},
-    "cli": THIRD | {"run_directory", "stage_inputs", "stages", "rollout_verb", "convert_verb", "cache_cli"},
+    "cli": THIRD
+    | {"run_directory", "stage_inputs", "stages", "rollout_verb", "convert_verb", "plan_verb", "doctor_verb", "cache_cli"},
     "": {"versions"},  # cacherl_jax/__init__.py
 }
 # Rooms for a host without an accelerator's libraries.

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import re
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,14 @@ from typing import Any
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # before jax: it looks for no TPU
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from cacherl_jax import mesh as meshes
-from cacherl_jax.config import MeshConfig, ModelConfig, RolloutConfig
-from cacherl_jax.model import qwen3
-from cacherl_jax.rollout import engine
+from cacherl_jax import sizes
+from cacherl_jax.config import MeshConfig, RolloutConfig
+from cacherl_jax.plan import hlo
+from cacherl_jax.plan.measure import devices
+from cacherl_jax.plan.programs import engine_programs
+from cacherl_jax.plan.topology import parse
 
 GIB = 2**30
 # topology, data, tp, rows a device (of tp devices together), context. A chip of v5e has 15.75 GiB, one of v6e 31.25.
@@ -39,81 +37,27 @@ LAYOUTS = [
 ]
 PROGRAMS = ["init", "prefill 1024", "prefill 128", "prefill 16", "copy", "decode"]
 LOOPS = {"decode": ["dispatch", "step", "layer"], "prefill": ["dispatch", "layer"]}  # how often, by depth of loops
-COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-ARRAY = re.compile(r"\b(pred|bf16|f32|s32|u32)\[([\d,]*)\]")
-BYTES = {"pred": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
-def qwen3_4b(layers: int) -> ModelConfig:
-    """Qwen3-4B's config.json, with as many layers."""
-    return ModelConfig(
-        vocab_size=151_936,
-        hidden_size=2560,
-        num_layers=layers,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        intermediate_size=9728,
-        rope_theta=5e6,
-        dtype="bfloat16",
-    )
-
-
-def programs(model: ModelConfig, config: RolloutConfig, mesh: Mesh) -> dict[str, tuple[Any, tuple]]:
-    """Each compiled function of an engine, by name, with the shapes and shardings of its arguments."""
-    own = engine.Engine(model, config, (151_645, 151_643), mesh)
-    rows, ways = meshes.rows_sharding(mesh), meshes.row_ways(mesh)
-
-    def placed(shardings: Any, shapes: Any) -> Any:
-        return jax.tree.map(lambda s, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shardings, shapes)
-
-    def ints(count: int, width: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count * ways, width), jnp.int32, sharding=rows)
-
-    weights = placed(qwen3.shardings(model, mesh), jax.eval_shape(lambda: qwen3.init(model, jax.random.key(0))))
-    state = placed(engine._layout(meshes.cache_sharding(mesh), rows), jax.eval_shape(own._init))
-    temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
-    prefills = {f"prefill {w}": (own._prefill, (weights, state.cache, ints(n, 3 + w))) for w, n in engine.PREFILLS.items()}
-    return prefills | {
-        "init": (own._init, ()),
-        "copy": (own._copy, (state.cache, ints(engine.COPIES, 2))),
-        "decode": (own._decode, (weights, state, ints(config.rows, 7), temperature)),
-    }
-
-
-def size(hlo_type: str) -> int:
-    """Bytes of an array, or of all of a tuple."""
-    return sum(BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in ARRAY.findall(hlo_type))
-
-
-def collectives(name: str, hlo: str) -> list[dict[str, Any]]:
-    """What devices send each other: op, bytes of the result, once per layer, step or dispatch, of which code, how many alike."""
-    loops, found = LOOPS.get(name.split()[0], ["dispatch"]), Counter()
-    for line in hlo.splitlines():
-        if match := COLLECTIVE.search(line):
-            path = re.search(r'op_name="([^"]*)"', line)
-            source = path[1] if path else ""
-            per = loops[min(source.count("while/body"), len(loops) - 1)]
-            of = re.sub(r"/(dot_general|gather)$", "", source).rsplit("/", 1)[-1]
-            found[match[2], size(match[1]), per, of] += 1
-    return [{"op": op, "bytes": n, "per": per, "of": of, "count": count} for (op, n, per, of), count in found.items()]
+def per(program: str, loops: Sequence[int | None]) -> str:
+    """The innermost loop around a collective, by its meaning."""
+    names = LOOPS.get(program.split()[0], ["dispatch"])
+    return names[min(len(loops), len(names) - 1)]
 
 
 def measure(topology: str, data: int, tp: int, rows: int, context: int, layers: int, name: str) -> dict[str, Any]:
-    chips = [int(n) for n in topology.split(":")[1].split("x")]  # all of one host
-    target = topologies.get_topology_desc(platform="tpu", topology_name=topology, chips_per_host_bounds=(*chips, 1))
-    devices = target.devices
-    mesh = meshes.make_mesh(MeshConfig(data=data, tp=tp), devices[: data * tp])
-    model, config = qwen3_4b(layers), RolloutConfig(rows=rows, context=context, decode_steps=16)
+    mesh = meshes.make_mesh(MeshConfig(data=data, tp=tp), devices(parse(topology))[: data * tp])
+    model = replace(sizes.QWEN3_4B_2507, num_layers=layers, dtype="bfloat16")
+    config = RolloutConfig(rows=rows, context=context, decode_steps=16)
     out = {"topology": topology, "data": data, "tp": tp, "rows": rows, "context": context, "layers": layers, "program": name}
-    program, arguments = programs(model, config, mesh)[name]
+    program, arguments = engine_programs(model, config, mesh)[name]
     try:
         compiled = program.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         return out | {"error": str(error).splitlines()[0][:300]}
-    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     half = 2 * layers * rows * 8 // tp * context * 128  # bytes of the keys of all rows of a chip
-    copied = sum(size(line.split(" copy(")[0].split(" = ")[1]) == half for line in hlo.splitlines() if " copy(" in line)
+    copied = sum(hlo.size(line.split(" copy(")[0].split(" = ")[1]) == half for line in text.splitlines() if " copy(" in line)
     gib = {
         "arguments": memory.argument_size_in_bytes,
         "output": memory.output_size_in_bytes,
@@ -123,7 +67,9 @@ def measure(topology: str, data: int, tp: int, rows: int, context: int, layers: 
         "cache": 2 * half,
     }
     gib = {key: round(value / GIB, 3) for key, value in gib.items()}
-    return out | gib | {"cache_copies": copied, "collectives": collectives(name, hlo)}
+    found = hlo.collectives(text)
+    sent = [{"op": c.op, "bytes": c.bytes, "per": per(name, c.loops), "of": c.of, "count": c.count} for c in found]
+    return out | gib | {"cache_copies": copied, "collectives": sent}
 
 
 def main() -> None:
