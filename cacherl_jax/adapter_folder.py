@@ -72,7 +72,8 @@ def export(stage: Path, target: Path, mesh: Mesh, dtype: str | None) -> dict[str
     described = json.loads((stage / DESCRIPTION).read_text())
     config = Config.from_json({"model": described["model"], "sft": {"lora": described["lora"]}})
     model = dataclasses.replace(config.model, dtype=dtype or config.model.dtype)
-    adapter: Any = checkpoint.restore_model(stage / "adapter", abstract_adapter(model, config.sft.lora, mesh))
+    like: Any = abstract_adapter(model, config.sft.lora, mesh)
+    adapter: Any = checkpoint.restore_model(stage / "adapter", like)
     if isinstance(described["base"], int):
         name, base = f"random weights of seed {described['base']}", qwen3.init(model, jax.random.key(described["base"]), mesh)
     else:
@@ -115,4 +116,6 @@ def merging_kl(model: qwen3.Qwen3, rows: Sequence[Sequence[int]]) -> dict[str, A
 @jax.jit
 def _kl(model: qwen3.Qwen3, p_ND: jax.Array, q_ND: jax.Array) -> jax.Array:
     p_NV, q_NV = (jax.nn.log_softmax(qwen3.logits(model, x_ND)) for x_ND in (p_ND, q_ND))
-    return (jnp.exp(p_NV) * (p_NV - q_NV)).sum(axis=-1)
+    d_NV = q_NV - p_NV
+    # The sum of p (-d), and of q - p, which is 0: no term is negative, and rounding of the large ones does not hide the small.
+    return (jnp.exp(p_NV) * (jnp.expm1(d_NV) - d_NV)).sum(axis=-1)

@@ -44,7 +44,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     target.add_argument("--to", type=Path, metavar="DIR", help="with --from-hf: the new folder, such as rollout --policy takes")
     target.add_argument("--to-hf", type=Path, metavar="DIR", help="with --from: the new folder, as transformers takes it")
     verb.add_argument(
-        "--adapter", action="store_true", help="with --from a stage that trained one and --to-hf: the adapter alone, as PEFT takes it"
+        "--adapter",
+        action="store_true",
+        help="with --from a stage that trained one and --to-hf: the adapter alone, as PEFT takes it",
     )
     verb.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; by default as they are")
 

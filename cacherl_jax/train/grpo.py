@@ -140,7 +140,7 @@ def train(
     if frozen is not None:
         weights = adapter_folder.abstract_adapter(reference.config, grpo.lora, devices)
     like = checkpoint.abstract_state(weights, tx, devices)
-    update = steps.make_update(tx)
+    update = steps.make_update(tx, like)
     buckets = bucket_lengths(config.rollout.context)
     engine = Engine.of_run(config, tok.stop_ids)
     execution = qwen3.Execution(devices, config.memory)

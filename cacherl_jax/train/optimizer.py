@@ -153,7 +153,7 @@ def _scale_by_factored_rms() -> optax.GradientTransformation:
         # In the parameters' place stand arrays of their shapes: nothing else of them is read.
         stacks, of_stacks = jax.vmap(one.update)(stacks, state[0], stacks)
         rest, of_rest = one.update(rest, state[1], rest)
-        scaled_stacks, scaled_rest = iter(stacks), iter(rest)
+        scaled_stacks, scaled_rest = iter(cast(Any, stacks)), iter(cast(Any, rest))
 
         def back(path: Any, g: jax.Array) -> jax.Array:
             return next(scaled_stacks if _layout(path, g.shape).stacked else scaled_rest).reshape(g.shape)

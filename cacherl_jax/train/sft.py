@@ -73,7 +73,7 @@ def train(
             return lora.init(config.model, sft.lora, jax.random.fold_in(jax.random.key(config.seed), 1), devices)
 
         done, state = saved.restore(like) or (0, checkpoint.new_state(first(), tx, devices))
-        update = steps.make_update(tx)
+        update = steps.make_update(tx, like)
         gradients_of = partial(steps.sft_gradients, execution=qwen3.Execution(devices, config.memory))
         log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done, writes=processes.is_first())
         rate = metrics.Rate()

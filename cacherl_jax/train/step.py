@@ -177,10 +177,16 @@ def accumulate(
     return total[0], total[1], logprobs
 
 
-def make_update(tx: optax.GradientTransformation) -> Callable[[TrainState, Any], tuple[TrainState, jax.Array]]:
-    """The compiled update: (state, gradients) -> (state, norm of the gradients). The old state is donated."""
+def make_update(
+    tx: optax.GradientTransformation, like: TrainState | None = None
+) -> Callable[[TrainState, Any], tuple[TrainState, jax.Array]]:
+    """The compiled update: (state, gradients) -> (state, norm of the gradients). The old state is donated.
 
-    @partial(jax.jit, donate_argnums=0)
+    The new one lies as `like` says, arrays or shapes with shardings; without it, where the compiler puts it.
+    """
+    where = None if like is None else (jax.tree.map(lambda x: x.sharding, like), None)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=where)
     def update(state: TrainState, gradients: Any) -> tuple[TrainState, jax.Array]:
         updates, opt_state = tx.update(gradients, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)

@@ -136,5 +136,5 @@ def test_each_optimizer_learns_an_adapter(model):
 
 
 def test_bfloat16_moments_are_adamws():
-    with pytest.raises(ConfigError, match="moments='bfloat16' is for adamw; optimizer.name is 'muon'"):
+    with pytest.raises(ConfigError, match=r"moments='bfloat16' is for adamw; optimizer.name is 'muon'"):
         OptimizerConfig(moments="bfloat16")
