@@ -19,7 +19,9 @@ from cacherl_jax.config import (
 ADAMW = OptimizerConfig(name="adamw", learning_rate=1e-5, warmup_steps=20, schedule="cosine", b2=0.95)
 
 
-def full(name: str, model: ModelConfig, mesh: MeshConfig, *, length: int, sft_rows: int, grpo_rows: int, rollout_rows: int) -> Config:
+def full(
+    name: str, model: ModelConfig, mesh: MeshConfig, *, length: int, sft_rows: int, grpo_rows: int, rollout_rows: int
+) -> Config:
     """All weights trained: SFT, then GRPO, in packed rows of `length` tokens, so many to a batch; `rollout_rows` rows of an
     engine whose heads all devices share. Weights and moments in float32, products in bfloat16, layers computed again."""
     return Config(

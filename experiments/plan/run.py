@@ -75,7 +75,9 @@ def gib(n: int | None) -> str:
 
 
 def launch_table() -> list[str]:
-    lines = ["| config | slice | step | batch | arguments | temporaries | peak | limit | fits | TFLOP | s from FLOPs | s from bytes |"]
+    lines = [
+        "| config | slice | step | batch | arguments | temporaries | peak | limit | fits | TFLOP | s from FLOPs | s from bytes |"
+    ]
     lines.append("|---" * 12 + "|")
     for config, topology in LAUNCH.items():
         for step in STEPS:
