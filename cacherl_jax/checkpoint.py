@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -96,8 +95,9 @@ def restore_model(directory: Path, like: qwen3.Qwen3) -> qwen3.Qwen3:
 def save_args(tree: dict[str, Any]) -> Any:
     """How orbax lays out a tree with "model", a model as a nested dict."""
     args: Any = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    by_layer = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,))
-    args["model"]["layers"] = jax.tree.map(lambda _: by_layer, tree["model"]["layers"])
+    if "layers" in tree["model"]:  # an adapter has none
+        by_layer = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,))
+        args["model"]["layers"] = jax.tree.map(lambda _: by_layer, tree["model"]["layers"])
     return args
 
 

@@ -116,10 +116,10 @@ def _config(args: argparse.Namespace) -> Config:
 def _run_stages(args: argparse.Namespace) -> dict[str, Any]:
     config = _config(args)  # checked before anything heavy is imported
     _join(args, config)
-    from cacherl_jax import metrics, stages
+    from cacherl_jax import metrics, stage_inputs, stages
     from cacherl_jax.run_directory import RunDirectory
 
-    stages.check_weights(config)
+    stage_inputs.check_weights(config)
 
     verbs: dict[str, Callable[..., dict[str, Any]]] = {
         "record": stages.record,

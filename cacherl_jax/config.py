@@ -33,6 +33,30 @@ def _require(ok: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
+class YarnConfig:
+    """YaRN (arXiv 2309.00071): RoPE for contexts `factor` times as long as those of pretraining. Names as in config.json."""
+
+    factor: Annotated[float, pydantic.Field(ge=1, allow_inf_nan=False)] = 1.0  # 1: off, and nothing else here is read
+    original_max_position_embeddings: Positive = 32_768  # the longest context of pretraining, in tokens
+    beta_fast: PositiveRate = 32.0  # pairs that turn more often within it keep their frequency
+    beta_slow: PositiveRate = 1.0  # pairs that turn less often are stretched by the whole factor
+    attention_factor: PositiveRate | None = None  # of sines and cosines; None: computed from the factor and the mscales
+    mscale: Rate = 0.0  # both or none
+    mscale_all_dim: Rate = 0.0
+    truncate: bool = True  # the ramp between the two begins and ends at a whole pair
+
+    def __post_init__(self) -> None:
+        _require(
+            self.beta_fast >= self.beta_slow,
+            f"model.yarn.beta_fast={self.beta_fast} is below model.yarn.beta_slow={self.beta_slow}",
+        )
+        _require(
+            bool(self.mscale) == bool(self.mscale_all_dim),
+            f"model.yarn.mscale={self.mscale} and model.yarn.mscale_all_dim={self.mscale_all_dim}: one alone is never read",
+        )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Qwen3, dense. Field names follow the Hugging Face config where one exists."""
 
@@ -44,6 +68,7 @@ class ModelConfig:
     head_dim: Positive = 32
     intermediate_size: Positive = 384
     rope_theta: PositiveRate = 10_000.0
+    yarn: YarnConfig = YarnConfig()
     rms_norm_eps: PositiveRate = 1e-6
     tie_word_embeddings: bool = True
     initializer_range: PositiveRate = 0.02  # of matrices
@@ -285,6 +310,11 @@ class Config:
         _require(
             self.cache.on_miss != "live",
             "cache.on_miss='live' cannot be run: no stage of a run may reach a live tool; use error, nearest or fail",
+        )
+        _require(
+            not self.grpo.packed_length or self.grpo.packed_length >= self.rollout.context,
+            f"grpo.packed_length={self.grpo.packed_length} is below rollout.context={self.rollout.context}; "
+            "an episode of that many tokens would fit into no row",
         )
 
     def to_json(self) -> dict[str, Any]:

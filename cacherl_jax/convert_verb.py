@@ -43,6 +43,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     target = verb.add_mutually_exclusive_group(required=True)
     target.add_argument("--to", type=Path, metavar="DIR", help="with --from-hf: the new folder, such as rollout --policy takes")
     target.add_argument("--to-hf", type=Path, metavar="DIR", help="with --from: the new folder, as transformers takes it")
+    verb.add_argument(
+        "--adapter", action="store_true", help="with --from a stage that trained one and --to-hf: the adapter alone, as PEFT takes it"
+    )
     verb.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights written; by default as they are")
 
 
@@ -50,6 +53,10 @@ def convert(args: argparse.Namespace, progress: ProgressFactory) -> dict[str, An
     """Returns counts and the files carried along. Raises ConfigError for what cannot be converted; nothing is written then."""
     if (args.from_hf is None) != (args.to is None):
         raise ConfigError("--from-hf goes with --to, and --from with --to-hf")
+    if args.adapter and args.to_hf is None:
+        raise ConfigError("--adapter goes with --from and --to-hf")
+    if args.adapter:
+        return _to_peft(args.from_ours, args.to_hf, args.dtype)
     if args.to is not None:
         return _from_hf(args.from_hf, args.to, args.dtype, progress)
     return _to_hf(args.from_ours, args.to_hf, args.dtype, progress)
@@ -99,6 +106,16 @@ def _to_hf(folder: Path, target: Path, dtype: str | None, progress: ProgressFact
         carried = _carry(tokenizer, new)
         (new / "config.json").write_bytes(_config_text(config, tokenizer))
     return _summary(config, shapes, sorted({*carried, "config.json"}))
+
+
+def _to_peft(stage: Path, target: Path, dtype: str | None) -> dict[str, Any]:
+    _refuse_existing(target)
+
+    from cacherl_jax import adapter_folder, model_folder
+
+    mesh = model_folder.conversion_mesh(model_folder.model_config(stage).hidden_size)
+    with _replacing(target) as new:
+        return adapter_folder.export(stage, new, mesh, dtype)
 
 
 def _config_text(config: ModelConfig, tokenizer: Path) -> bytes:

@@ -75,7 +75,7 @@ class MetricsWriter:
 
     def __init__(self, path: Path, *, resume_step: int, writes: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.kept = [row for row in read_metrics(path) if 0 < resume_step and row["step"] <= resume_step]
+        self.kept = [row for row in read_metrics(path) if resume_step > 0 and row["step"] <= resume_step]
         self._file = None
         if not writes:
             return

@@ -221,7 +221,9 @@ def _policy(
     if args.policy is not None and model_folder.is_converted(args.policy):
         config = dataclasses.replace(config, model=model_folder.model_config(args.policy))
     else:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tok.vocab_size))
+        # A stage that started from given weights has a vocabulary larger than its tokenizer.
+        size = tok.vocab_size if args.policy is None else model_folder.model_config(args.policy).vocab_size
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     mesh = make_mesh(config.mesh)
     if args.policy is None:
         return tok, config, qwen3.init(config.model, jax.random.key(config.seed), mesh)

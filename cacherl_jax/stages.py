@@ -14,32 +14,40 @@ Training opens training.sqlite (and validation.sqlite for its curve); evaluation
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cacherl_jax import checkpoint, metrics, model_folder, processes
 from cacherl_jax import corpus as corpora
-from cacherl_jax.cache.best_effort import open_simulator
+from cacherl_jax import metrics, processes
 from cacherl_jax.cache.fit import fit
 from cacherl_jax.cache.fit import write as write_fitted
 from cacherl_jax.cache.imports import describe
-from cacherl_jax.cache.lookup import CachedTools, record_transcript
+from cacherl_jax.cache.lookup import record_transcript
 from cacherl_jax.cache.snapshot import snapshot_id
-from cacherl_jax.cache.store import SQLiteStore, StoreError
-from cacherl_jax.config import Config, ConfigError, ModelConfig
+from cacherl_jax.cache.store import SQLiteStore
+from cacherl_jax.config import ConfigError
 from cacherl_jax.evaluate import coverage, intervals, process_accuracy, report
-from cacherl_jax.mesh import make_mesh
 from cacherl_jax.model import qwen3
 from cacherl_jax.reward import answer, process
 from cacherl_jax.rollout import runner
 from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.run_directory import RunDirectory, write_json, write_lines
+from cacherl_jax.stage_inputs import (
+    STORES,
+    given_tokenizer,
+    load_policy,
+    load_specs,
+    load_tasks,
+    load_tokenizer,
+    load_trajectories,
+    model_config,
+    open_cache,
+)
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import Tokenizer, train_tokenizer
-from cacherl_jax.tools.registry import specs_from_json, specs_to_json
+from cacherl_jax.tools.registry import specs_to_json
 from cacherl_jax.train import grpo, sft
 from cacherl_jax.trajectories.teacher import ScriptedTeacher
 from cacherl_jax.trajectories.thinking import ThinkingReport, add_thinking
@@ -48,7 +56,6 @@ from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task, ToolProvider, ToolSpec, Transcript
 
 SPLITS = ("train", "validation", "test")
-STORES = {"train": "training.sqlite", "validation": "validation.sqlite", "test": "evaluation.sqlite"}
 EXPERT = "expert"
 POLICIES = ("sft", "expert_sft", "grpo")
 
@@ -118,11 +125,13 @@ def think(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any
                 thought.append(add_thinking(transcript, teacher, counts))
                 bar.update(1)
         write_transcripts(folder / "transcripts.jsonl", thought)
-        folder_of_tokenizer = _given_tokenizer(run.config)
-        if folder_of_tokenizer is not None:
-            tok = Tokenizer.load(folder_of_tokenizer)
-            # With all that stands beside it, such as config.json: `convert --to-hf` of a stage gives it back.
-            shutil.copytree(folder_of_tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+        given = given_tokenizer(run.config)
+        if given is not None:
+            tok = Tokenizer.load(given)
+            tok.save(folder / "tokenizer")
+            if not run.config.tokenizer.path:
+                # With all that came with the weights, such as config.json: `convert --to-hf` of a stage gives it back.
+                shutil.copytree(given, folder / "tokenizer", dirs_exist_ok=True)
         else:
             texts = (text for transcript in thought for text in _texts(transcript))
             # Tools that training never shows get no tokens of their own: their definitions are read as text.
@@ -136,12 +145,6 @@ def think(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any
         return {"transcripts": len(thought), "unreadable": problems, "vocab_size": tok.vocab_size} | counts.to_json()
 
     return run.run("think", THINK, body, alone=True)
-
-
-def _given_tokenizer(config: Config) -> Path | None:
-    if config.tokenizer.path:
-        return Path(config.tokenizer.path)
-    return model_folder.tokenizer_folder(Path(config.weights)) if config.weights else None
 
 
 def _texts(transcript: Transcript) -> Iterable[str]:
@@ -171,7 +174,7 @@ def _supervised(run: RunDirectory, stage: str, agent: str | None, progress: metr
             tok,
             (t for t in transcripts if agent is None or t.agent == agent),
             specs,
-            context=config.rollout.context,
+            context=min(config.rollout.context, config.sft.packed_length or config.rollout.context),
             max_tool_tokens=config.rollout.max_tool_tokens,
         )
         sft.train(config, rows, folder, progress=progress)
@@ -201,7 +204,9 @@ def reinforce(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str,
 
         reference = load_policy(run, "sft", config)
         tasks = load_tasks(run, "train")
-        _, live_calls = grpo.train(config, reference, tok, tasks, specs, training, folder, validate=validate, progress=progress)
+        _, live_calls = grpo.train(
+            config, reference, tok, tasks, specs, training, folder, base=run.out / "sft", validate=validate, progress=progress
+        )
         return {"live_calls": live_calls}
 
     return run.run("grpo", GRPO, body)
@@ -352,69 +357,3 @@ def _rewards(task: Task, trajectory: Trajectory, specs: Mapping[str, ToolSpec]) 
         "process": parts.total,
         "correct": process_accuracy.process_accuracy(task, trajectory.calls_made, specs),
     }
-
-
-# ---- what stages hand to each other ----------------------------------------------------------------------------------
-
-
-def load_specs(run: RunDirectory) -> dict[str, ToolSpec]:
-    return specs_from_json(json.loads((run.out / "record" / "tools.json").read_text()))
-
-
-def load_tasks(run: RunDirectory, split: str) -> list[Task]:
-    lines = (run.out / "record" / f"tasks.{split}.jsonl").read_text().splitlines()
-    return [Task.from_json(json.loads(line)) for line in lines]
-
-
-def load_tokenizer(run: RunDirectory) -> Tokenizer:
-    return Tokenizer.load(run.out / "think" / "tokenizer")
-
-
-# What of a ModelConfig does not define the function that given weights compute.
-FREE = {"dtype", "initializer_range", "embedding_range"}
-
-
-def check_weights(config: Config) -> None:
-    """Raises ConfigError unless `config.model` says what the model in `config.weights` is, and with the fields that differ."""
-    if not config.weights:
-        return
-    folder = Path(config.weights)
-    if not model_folder.is_converted(folder):
-        raise ConfigError(f"weights={config.weights!r} is no folder made by `cacherl convert`: it holds no model.json")
-    given, asked = (dataclasses.asdict(c) for c in (model_folder.model_config(folder), config.model))
-    if not asked["vocab_size"]:
-        asked["vocab_size"] = given["vocab_size"]
-    differing = [f"model.{k}={asked[k]!r}, there {given[k]!r}" for k in given if k not in FREE and given[k] != asked[k]]
-    if differing:
-        raise ConfigError(f"the configuration does not describe the model in {folder}: {'; '.join(differing)}")
-
-
-def model_config(run: RunDirectory) -> Config:
-    """The run's configuration with the vocabulary's size filled in: of the weights it starts from, else the one it names,
-    else the tokenizer's. Raises ConfigError when the tokenizer has more tokens than the model."""
-    config, tokens = run.config, run.require("think")["vocab_size"]
-    size = model_folder.model_config(Path(config.weights)).vocab_size if config.weights else config.model.vocab_size
-    if size and size < tokens:
-        raise ConfigError(f"the tokenizer has {tokens} tokens, the model's vocabulary {size}")
-    model: ModelConfig = dataclasses.replace(config.model, vocab_size=size or tokens)
-    return dataclasses.replace(config, model=model)
-
-
-def open_cache(run: RunDirectory, split: str, specs: Mapping[str, ToolSpec]) -> CachedTools:
-    store, config = SQLiteStore(run.out / "record" / STORES[split], mode="r"), run.config.cache
-    recorded, found = run.require("record")[split]["snapshot"], snapshot_id(store)
-    if found != recorded:
-        raise StoreError(f"store {store.path} has changed since it was recorded: snapshot {found}, recorded as {recorded}")
-    # Replies of one split's calls are kept apart: what training was told is never told in evaluation.
-    simulator = open_simulator(config, run.out / "record" / f"simulated.{split}.sqlite")
-    return CachedTools(store, specs, config, run.config.seed, simulator=simulator)
-
-
-def load_policy(run: RunDirectory, stage: str, config: Config) -> qwen3.Qwen3:
-    """The trained model of a finished stage."""
-    like = checkpoint.abstract_model(config.model, make_mesh(config.mesh))
-    return checkpoint.restore_model(run.out / stage / "checkpoints", like)
-
-
-def load_trajectories(path: Path) -> list[Trajectory]:
-    return [Trajectory.from_json(json.loads(line)) for line in path.read_text().splitlines()]

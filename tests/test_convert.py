@@ -1,5 +1,6 @@
 """`cacherl convert`, both ways: what transformers wrote comes back bit for bit, and what is wrong leaves nothing behind."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cacherl_jax import checkpoint, cli, model_folder
-from cacherl_jax.config import ModelConfig, OptimizerConfig
+from cacherl_jax.config import ModelConfig, OptimizerConfig, YarnConfig
 from cacherl_jax.model import hf, qwen3
 from cacherl_jax.text.tokenizer import train_tokenizer
 from cacherl_jax.train.optimizer import make_optimizer
@@ -102,10 +103,29 @@ def test_dtype_converts_on_the_way_in_and_out_and_config_json_follows(tmp_path, 
         assert json.loads((tmp_path / target / "config.json").read_text()) == FIELDS | {"torch_dtype": dtype}
 
 
+def load_in_transformers(folder):
+    """The model, if nothing was warned of, missing, surplus or misshapen."""
+    import transformers
+
+    warned, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = warned.append
+    transformers.utils.logging.add_handler(handler)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    transformers.utils.logging.remove_handler(handler)
+    assert not warned and not any(info.values()), (warned, info)
+    return loaded
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 5e6}
+YARN = {"rope_type": "yarn", "rope_theta": 5e6, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0}
+
+
 @pytest.mark.parametrize(
-    ("tied", "dtype", "shard"), [(True, "bfloat16", "5GB"), (False, "float32", "20KB")], ids=["tied-bf16", "untied-fp32-sharded"]
+    ("tied", "dtype", "shard", "rope"),
+    [(True, "bfloat16", "5GB", PLAIN), (False, "float32", "20KB", YARN)],
+    ids=["tied-bf16-plain", "untied-fp32-sharded-yarn"],
 )
-def test_transformers_loads_what_comes_back_without_a_warning_and_computes_the_same(tmp_path, capsys, tied, dtype, shard):
+def test_transformers_loads_what_comes_back_without_a_warning_and_computes_the_same(tmp_path, capsys, tied, dtype, shard, rope):
     torch = pytest.importorskip("torch", reason="a checkpoint by transformers needs torch: pip install torch==2.13.0")
     import transformers
 
@@ -113,7 +133,7 @@ def test_transformers_loads_what_comes_back_without_a_warning_and_computes_the_s
     theirs = transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(
             **SIZES, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied,
-            initializer_range=0.3, rope_parameters={"rope_type": "default", "rope_theta": 5e6}, eos_token_id=2,
+            initializer_range=0.3, rope_parameters=rope, max_position_embeddings=256, eos_token_id=2,
         )
     ).to(getattr(torch, dtype))  # fmt: skip
     theirs.save_pretrained(tmp_path / "hf", max_shard_size=shard)
@@ -122,12 +142,7 @@ def test_transformers_loads_what_comes_back_without_a_warning_and_computes_the_s
     convert(capsys, "--from", tmp_path / "ours", "--to-hf", tmp_path / "back")
     for name in ("config.json", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
-    warned, handler = [], logging.Handler(logging.WARNING)
-    handler.emit = warned.append
-    transformers.utils.logging.add_handler(handler)
-    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
-    transformers.utils.logging.remove_handler(handler)
-    assert not warned and not any(info.values()), (warned, info)
+    loaded = load_in_transformers(tmp_path / "back")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     before, after = theirs.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
@@ -139,6 +154,24 @@ def test_transformers_loads_what_comes_back_without_a_warning_and_computes_the_s
         ours = restore(tmp_path / "ours")
         hidden = qwen3.forward(ours, jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.int32))
         np.testing.assert_allclose(qwen3.logits(ours, hidden), expected.numpy(), atol=2e-4, rtol=2e-4)
+
+
+def test_transformers_loads_a_model_of_ours_in_another_dtype_and_with_yarn_without_a_warning(tmp_path, capsys):
+    """No config.json came with it: each field is ours."""
+    torch = pytest.importorskip("torch", reason="reading by transformers needs torch: pip install torch==2.13.0")
+    yarn = YarnConfig(factor=4.0, original_max_position_embeddings=64, attention_factor=1.3, truncate=False)
+    config = dataclasses.replace(CONFIG, vocab_size=265, tie_word_embeddings=False, yarn=yarn)
+    model_folder.write(tmp_path / "ours", model := qwen3.init(config, jax.random.key(4)))
+    train_tokenizer(["some text to learn from"], [], 265).save(tmp_path / "ours" / "tokenizer")
+    convert(capsys, "--from", tmp_path / "ours", "--to-hf", tmp_path / "hf", "--dtype", "bfloat16")
+    loaded = load_in_transformers(tmp_path / "hf")
+    tree = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), qwen3.to_dict(model))
+    rounded, tokens = qwen3.from_dict(config, tree), np.random.default_rng(1).integers(0, 265, (2, 17))
+    assert loaded.dtype == torch.bfloat16
+    with torch.no_grad():
+        expected = loaded.float()(torch.tensor(tokens)).logits.numpy()
+    hidden = qwen3.forward(rounded, jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.int32))
+    np.testing.assert_allclose(qwen3.logits(rounded, hidden), expected, atol=2e-4, rtol=2e-4)
 
 
 def test_a_head_stored_beside_the_embedding_it_is_tied_to_must_repeat_it(tmp_path, capsys):

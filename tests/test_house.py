@@ -59,10 +59,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train.losses": FIRST,  # no model: hidden states come as arrays
     "train.step": FIRST | {"mesh", "model", "train.losses"},
     "checkpoint": FIRST | {"mesh", "model", "train.step"},
-    "train": THIRD | {"rollout", "reward", "evaluate", "checkpoint"},
+    "adapter_folder": FIRST | {"mesh", "model", "processes", "train.step", "checkpoint"},
+    "train": THIRD | {"rollout", "reward", "evaluate", "checkpoint", "adapter_folder"},
     "model_folder": FIRST | {"mesh", "model"},
     "run_directory": FIRST | {"processes"},
-    "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "model_folder", "run_directory"},
+    "stage_inputs": THIRD | {"checkpoint", "model_folder", "run_directory"},
+    "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory", "stage_inputs"},
     "rollout_verb": THIRD | {"rollout", "checkpoint", "model_folder", "run_directory"},
     "plan.topology": FIRST,
     "plan.hlo": set(),
@@ -70,10 +72,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": THIRD | {"rollout", "train", "checkpoint"},
     "plan_verb": FIRST | {"plan.topology"},
     "doctor_verb": FIRST,
-    "convert_verb": FIRST | {"metrics", "text", "model", "model_folder"},
+    "convert_verb": FIRST | {"metrics", "text", "model", "model_folder", "adapter_folder"},
     "cache_verbs": THIRD | {"evaluate"},
     "cache_cli": {"cache_verbs"},
-    "cli": THIRD | {"run_directory", "stages", "rollout_verb", "convert_verb", "plan_verb", "doctor_verb", "cache_cli"},
+    "cli": THIRD
+    | {"run_directory", "stage_inputs", "stages", "rollout_verb", "convert_verb", "plan_verb", "doctor_verb", "cache_cli"},
     "": {"versions"},  # cacherl_jax/__init__.py
 }
 # Rooms for a host without an accelerator's libraries.

@@ -1,4 +1,4 @@
-"""Ctrl-C waits for a point where state is whole, once; and is left alone where it is somebody else's."""
+"""Ctrl-C waits for a point where state is whole, once, and SIGTERM always; both are left alone where they are not ours."""
 
 import signal
 import threading
@@ -10,6 +10,10 @@ from cacherl_jax import interrupts
 
 def press():
     signal.raise_signal(signal.SIGINT)
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +109,26 @@ def test_a_thread_neither_holds_nor_is_stopped():
     elsewhere()
     taken, error = held(press, elsewhere, interrupts.check)
     assert ends == [(1, None)] * 2 and taken == 2 and type(error) is interrupts.Interrupted
+
+
+def test_sigterm_waits_however_often_it_comes_and_says_that_it_was_the_one():
+    taken, error = held(terminate, terminate, terminate, interrupts.check)
+    assert taken == 3 and type(error) is interrupts.Interrupted and interrupts.signal_of(error) is signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    taken, error = held(terminate, int)
+    assert taken == 2 and type(error) is KeyboardInterrupt and interrupts.signal_of(error) is signal.SIGTERM
+    taken, error = held(terminate, press, interrupts.check)
+    assert taken == 2 and interrupts.signal_of(error) is signal.SIGINT  # the user is there
+    assert held(terminate, press, press)[0] == 2
+    assert interrupts.signal_of(KeyboardInterrupt()) is signal.SIGINT
+
+
+def test_sigterm_is_held_where_the_program_handles_it_by_itself():
+    before = signal.signal(signal.SIGTERM, interrupts.raise_terminated)
+    try:
+        assert held(terminate, int, interrupts.check)[0] == 2
+        with pytest.raises(KeyboardInterrupt) as raised:
+            terminate()
+        assert interrupts.signal_of(raised.value) is signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)

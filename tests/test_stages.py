@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
 def losses(out: Path, *stages):
     """All metrics but the times."""
     lines = [line for stage in stages or ("sft", "grpo") for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "rate")} for line in lines]
 
 
 def test_sampler_and_trainer_agree_at_every_step(finished):
@@ -221,8 +221,8 @@ def digests(path: Path) -> list[str]:
     return [t.digest() for t in stream.read_stream(path).values()]
 
 
-def saved(out: Path) -> list[int]:
-    return sorted(int(path.name) for path in (out / "grpo" / "checkpoints").iterdir() if path.name.isdecimal())
+def saved(out: Path, stage: str = "grpo") -> list[int]:
+    return sorted(int(path.name) for path in (out / stage / "checkpoints").iterdir() if path.name.isdecimal())
 
 
 def test_ctrl_c_anywhere_in_training_loses_nothing(finished, tmp_path, capsys, monkeypatch):

@@ -1,13 +1,13 @@
 """From token sequences to batches of a few fixed shapes, in an order that depends on (seed, epoch) alone.
 
-Rows are sorted into length buckets and padded to the bucket's length; a batch holds `tokens_per_batch` tokens, so that
-short rows come many at a time. Every batch of every step can be named without having made the earlier ones: resuming
-needs the step number and nothing else.
+Rows are sorted into length buckets and padded to the bucket's length; packing.py puts several into one row of a batch
+instead. A batch holds `tokens_per_batch` tokens, so that short rows come many at a time. Every batch of every step can be
+named without having made the earlier ones: resuming needs the step number and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,26 +44,49 @@ def assign_buckets(lengths_N: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
     return index_N
 
 
+Packs = list[list[int]]  # of each row of a batch, the indices of the sequences in it, one behind the other
+
+
 def collate(rows: Sequence[Row], length: int, count: int) -> Batch:
     """`rows` padded to [count, length]; rows beyond len(rows) and tokens beyond a row have segment id 0 and mask 0."""
+    return collate_packs(rows, [[i] for i in range(len(rows))], length, count)
 
-    def padded(values: Sequence[np.ndarray | None], dtype: type) -> np.ndarray:
+
+def collate_packs(rows: Sequence[Row], packs: Packs, length: int, count: int) -> Batch:
+    """As `collate`, with several of `rows` in each row of the batch: segments 1, 2, ... in the order of its pack."""
+
+    def filled(dtype: type, values_of: Callable[[Row, int], np.ndarray | float | None]) -> np.ndarray:
         out_BT = np.zeros((count, length), dtype)
-        for b, value_T in enumerate(values):
-            if value_T is not None:
-                out_BT[b, : len(value_T)] = value_T
+        for b, pack in enumerate(packs):
+            start = 0
+            for segment, i in enumerate(pack, 1):
+                stop = start + len(rows[i].tokens_T)
+                values = values_of(rows[i], segment)
+                if values is not None:
+                    out_BT[b, start:stop] = values
+                start = stop
         return out_BT
 
-    old = [r.old_logprobs_T for r in rows]
+    scored = all(rows[i].old_logprobs_T is not None for pack in packs for i in pack)
     return Batch(
-        tokens_BT=padded([r.tokens_T for r in rows], np.int32),
-        loss_mask_BT=padded([r.mask_T for r in rows], np.float32),
-        segment_ids_BT=padded([np.ones(len(r.tokens_T)) for r in rows], np.int32),
-        advantages_BT=padded([np.full(len(r.tokens_T), r.advantage) for r in rows], np.float32),
-        behavior_logprobs_BT=padded([r.behavior_logprobs_T for r in rows], np.float32),
-        ref_logprobs_BT=padded([r.ref_logprobs_T for r in rows], np.float32),
-        old_logprobs_BT=None if any(old_T is None for old_T in old) else padded(old, np.float32),
+        tokens_BT=filled(np.int32, lambda row, _: row.tokens_T),
+        loss_mask_BT=filled(np.float32, lambda row, _: row.mask_T),
+        segment_ids_BT=filled(np.int32, lambda _, segment: segment),
+        advantages_BT=filled(np.float32, lambda row, _: row.advantage),
+        behavior_logprobs_BT=filled(np.float32, lambda row, _: row.behavior_logprobs_T),
+        ref_logprobs_BT=filled(np.float32, lambda row, _: row.ref_logprobs_T),
+        old_logprobs_BT=filled(np.float32, lambda row, _: row.old_logprobs_T) if scored else None,
     )
+
+
+def taken_apart(rows: Sequence[Row], batches: Iterable[tuple[np.ndarray, Packs]]) -> list[np.ndarray]:
+    """The values of each of `rows`, [T], from arrays [B, T] that lie as the batches of all of them do."""
+    out: dict[int, np.ndarray] = {}
+    for values_BT, packs in batches:
+        for values_T, pack in zip(values_BT, packs, strict=False):  # the batch may have empty rows below
+            stops = np.cumsum([len(rows[i].tokens_T) for i in pack])
+            out |= dict(zip(pack, np.split(values_T[: stops[-1]], stops[:-1]), strict=True))
+    return [out[i] for i in range(len(rows))]
 
 
 def rows_per_batch(length: int, tokens_per_batch: int, ways: int) -> int:
@@ -72,16 +95,16 @@ def rows_per_batch(length: int, tokens_per_batch: int, ways: int) -> int:
     return max(1, tokens_per_batch // (length * ways)) * ways
 
 
-def bucketed(rows: Sequence[Row], buckets: Sequence[int], tokens_per_batch: int, ways: int) -> list[tuple[Batch, list[int]]]:
-    """All rows once, in order, as batches of the bucket shapes: (batch, indices of its rows)."""
+def bucketed(rows: Sequence[Row], buckets: Sequence[int], tokens_per_batch: int, ways: int) -> list[tuple[Batch, Packs]]:
+    """All rows once, in order, as batches of the bucket shapes: (batch, which row lies where)."""
     index_N = assign_buckets(np.array([len(r.tokens_T) for r in rows], int), buckets)
     out = []
     for bucket, length in enumerate(buckets):
         members = np.flatnonzero(index_N == bucket).tolist()
         count = rows_per_batch(length, tokens_per_batch, ways)
         for start in range(0, len(members), count):
-            chosen = members[start : start + count]
-            out.append((collate([rows[i] for i in chosen], length, count), chosen))
+            packs = [[i] for i in members[start : start + count]]
+            out.append((collate_packs(rows, packs, length, count), packs))
     return out
 
 

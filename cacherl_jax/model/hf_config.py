@@ -7,10 +7,11 @@ that is none of these is refused: it may change what the weights mean.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from cacherl_jax.config import Config, ConfigError, ModelConfig
+from cacherl_jax.config import Config, ConfigError, ModelConfig, YarnConfig
 
 # theirs -> ours.
 READ: dict[str, str] = {
@@ -51,7 +52,8 @@ UNREAD = {
     "prefix", "finetuning_task", "is_decoder",
 }  # fmt: skip
 ROPE = {"rope_theta", "rope_parameters", "rope_scaling"}
-PLAIN_ROPE: dict[str, tuple[Any, ...]] = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0,)}
+ROPE_TYPES = ("default", "yarn")
+YARN: dict[str, Any] = dataclasses.asdict(YarnConfig())  # the names are theirs
 DTYPES = ("dtype", "torch_dtype")  # transformers 5's name and the one before
 
 
@@ -72,12 +74,15 @@ def from_hf_config(fields: Mapping[str, Any], dtype: str | None = None) -> Model
         if kind != "full_attention":
             raise ConfigError(f"layer_types of layer {i} is {kind!r}; only 'full_attention' is implemented")
     model = {ours: fields.get(theirs, DEFAULTS.get(theirs)) for theirs, ours in READ.items()}
-    model |= {"rope_theta": _rope_theta(fields), "dtype": dtype or _dtype(fields)}
+    theta, yarn = _rope(fields)
+    model |= {"rope_theta": theta, "yarn": yarn, "dtype": dtype or _dtype(fields)}
     model["embedding_range"] = model["initializer_range"]
     try:
         return Config.from_json({"model": model}).model
     except ConfigError as error:
         theirs = next((t for t, ours in READ.items() if f"model.{ours} " in str(error)), None)
+        if "model.yarn." in str(error):
+            theirs = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
         raise ConfigError(f"field {theirs!r}: {error}" if theirs else str(error)) from error
 
 
@@ -87,10 +92,7 @@ def to_hf_config(config: ModelConfig, base: Mapping[str, Any] | None = None) -> 
     fields |= {theirs: getattr(config, ours) for theirs, ours in READ.items()}
     if fields.get("layer_types") is not None:
         fields["layer_types"] = ["full_attention"] * config.num_layers
-    if fields.get("rope_parameters") is not None:
-        fields["rope_parameters"]["rope_theta"] = config.rope_theta
-    if "rope_theta" in fields or fields.get("rope_parameters") is None:
-        fields["rope_theta"] = config.rope_theta
+    _write_rope(fields, config)
     named = [name for name in DTYPES if name in fields] or ["dtype"]
     return fields | dict.fromkeys(named, config.dtype)
 
@@ -115,22 +117,73 @@ def _require_values(fields: Mapping[str, Any], allowed: Mapping[str, tuple[Any, 
             raise ConfigError(f"{prefix}{name} is {fields[name]!r}; only {values[0]!r} is implemented")
 
 
-def _rope_theta(fields: Mapping[str, Any]) -> float:
-    """RoPE's base, from the top level or from transformers 5's rope_parameters."""
-    found = [fields["rope_theta"]] if fields.get("rope_theta") is not None else []
+def _rope(fields: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    """RoPE's base, and YaRN's fields, from where transformers 5 (rope_parameters) or 4 (the top level, rope_scaling) has them."""
+    thetas = {"rope_theta": fields["rope_theta"]} if fields.get("rope_theta") is not None else {}
+    yarns = {}
     for name in ("rope_parameters", "rope_scaling"):
         inner = fields.get(name) or {}
         if not isinstance(inner, Mapping):
             raise ConfigError(f"{name} is {inner!r}, expected an object")
-        _require_values(inner, PLAIN_ROPE, f"{name}.")  # YaRN and its kind end here
-        if unknown := sorted(inner.keys() - PLAIN_ROPE.keys() - {"rope_theta"}):
-            raise ConfigError(f"{name}.{unknown[0]} is {inner[unknown[0]]!r}; no scaling of RoPE is implemented")
-        found += [inner["rope_theta"]] if "rope_theta" in inner else []
-    if not found:
+        thetas |= {f"{name}.rope_theta": inner["rope_theta"]} if inner.get("rope_theta") is not None else {}
+        yarns |= {name: _yarn(inner, name, fields.get("max_position_embeddings"))} if inner else {}
+    if not thetas:
         raise ConfigError("field 'rope_theta' is missing, at the top level and in rope_parameters")
-    if found[0] != found[-1]:
-        raise ConfigError(f"rope_theta is {found[0]!r} and in rope_parameters {found[-1]!r}; they must agree")
-    return found[0]
+    for found in (thetas, yarns):
+        for name, value in found.items():
+            first = next(iter(found))
+            if value != found[first]:
+                raise ConfigError(f"{first} is {found[first]!r} and {name} {value!r}; they must agree")
+    return next(iter(thetas.values())), next(iter(yarns.values()), YARN)
+
+
+def _yarn(inner: Mapping[str, Any], where: str, longest: int | None) -> dict[str, Any]:
+    """All of YaRN's fields as rope_parameters or rope_scaling has them; with factor 1 where RoPE is plain."""
+    kinds = {name: inner[name] for name in ("rope_type", "type") if name in inner}
+    for name, kind in kinds.items():
+        if kind not in ROPE_TYPES or kind != next(iter(kinds.values())):
+            raise ConfigError(f"{where}.{name} is {kind!r}; one of {', '.join(map(repr, ROPE_TYPES))} is implemented")
+    _require_values(inner, {"partial_rotary_factor": (1.0,)}, f"{where}.")
+    given = {name: value for name, value in inner.items() if name not in {*kinds, "partial_rotary_factor", "rope_theta"}}
+    known = YARN.keys() if "yarn" in kinds.values() else set()
+    if unknown := sorted(given.keys() - known):
+        raise ConfigError(f"{where}.{unknown[0]} is {given[unknown[0]]!r}; this scaling of RoPE is not implemented")
+    if not known:
+        return YARN
+    given = {name: value for name, value in given.items() if value is not None or name == "truncate"}
+    for name in ("beta_fast", "beta_slow"):
+        if not given.get(name):
+            given.pop(name, None)  # transformers takes 0 as absent
+    if "factor" not in given:
+        raise ConfigError(f"{where}.factor is missing; YaRN needs it")
+    if longest is not None:
+        given.setdefault("original_max_position_embeddings", longest)
+    if "original_max_position_embeddings" not in given:
+        raise ConfigError(f"{where}.original_max_position_embeddings is missing; YaRN needs it")
+    if given["factor"] == 1:
+        if given.get("attention_factor", 1) != 1:
+            raise ConfigError(f"{where}.attention_factor is {given['attention_factor']!r} and factor 1; only 1 is implemented then")
+        return YARN
+    return YARN | given
+
+
+def _write_rope(fields: dict[str, Any], config: ModelConfig) -> None:
+    """Puts RoPE's base and YaRN where `fields` has them, or where both transformers 4 and 5 find them."""
+    before = _rope(fields)[1] if any(fields.get(name) for name in ROPE) else YARN
+    after = YARN if config.yarn.factor == 1 else dataclasses.asdict(config.yarn)
+    holder = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
+    if before != after:
+        off, context = after["factor"] == 1, "original_max_position_embeddings"
+        kept = ("factor", context)
+        inner = {name: value for name, value in after.items() if name in kept or value != YARN[name]}
+        fields[holder] = {"rope_type": "default"} if off else {"rope_type": "yarn"} | inner
+        # transformers warns when it does not fit the factor; vLLM takes the longest context from it.
+        fields["max_position_embeddings"] = before[context] if off else int(after[context] * after["factor"])
+    for name in ("rope_parameters", "rope_scaling"):
+        if fields.get(name) and (name == "rope_parameters" or "rope_theta" in fields[name]):
+            fields[name]["rope_theta"] = config.rope_theta
+    if "rope_theta" in fields or holder == "rope_scaling":
+        fields["rope_theta"] = config.rope_theta
 
 
 def _dtype(fields: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from cacherl_jax import mesh as meshes
 from cacherl_jax.config import MemoryConfig, ModelConfig
-from cacherl_jax.model import attention
+from cacherl_jax.model import attention, rope
 
 
 class Weight(NamedTuple):
@@ -180,10 +180,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 def rope_angles(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """(sin, cos), [B, T, 1, H/2] in float32: bfloat16 would round position 257 to 256."""
-    half = config.head_dim // 2
-    frequencies_h = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies_h, factor = rope.frequencies(config)
     angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies_h.reshape(1, 1, 1, -1)
-    return jnp.sin(angles), jnp.cos(angles)
+    return jnp.sin(angles) * factor, jnp.cos(angles) * factor
 
 
 def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -276,6 +275,8 @@ def forward(
     x_BTD = embed(model.embed_VD[...], tokens_BT, dtype, mesh)
 
     def block(x_BTD: jax.Array, stacked: tuple[Layers, Any]) -> tuple[jax.Array, None]:
+        if dtype != jnp.dtype(c.dtype):  # a layer at a time: without it XLA converts the whole stack beforehand and keeps it
+            stacked = jax.lax.optimization_barrier(stacked)
         layer = Layer(*jax.tree.map(lambda w: w.astype(dtype), stacked))
         q_BTNH, k_BTKH, v_BTKH = _qkv(layer, x_BTD, angles, c)
         o_BTNH = attention.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, mesh)

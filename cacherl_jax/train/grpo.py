@@ -17,10 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from cacherl_jax import checkpoint, interrupts, mesh, metrics, processes
+from cacherl_jax import adapter_folder, checkpoint, interrupts, mesh, metrics, processes
 from cacherl_jax.config import Config
-from cacherl_jax.data.pipeline import Row, bucket_lengths, bucketed
-from cacherl_jax.model import qwen3
+from cacherl_jax.data.packing import packed
+from cacherl_jax.data.pipeline import Packs, Row, bucket_lengths, bucketed, taken_apart
+from cacherl_jax.model import lora, qwen3
 from cacherl_jax.reward import answer, process, tier
 from cacherl_jax.rollout import runner, stream
 from cacherl_jax.rollout.engine import Engine
@@ -32,7 +33,7 @@ from cacherl_jax.train.optimizer import make_optimizer
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Batch, Task, ToolProvider, ToolSpec
 
-Placed = Sequence[tuple[Batch, list[int]]]  # batches on the mesh, with the indices of their rows
+Placed = Sequence[tuple[Batch, Packs]]  # batches on the mesh, with the places of the rows that they were made of
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +117,7 @@ def train(
     provider: ToolProvider,
     directory: Path,
     *,
+    base: Path,
     validate: Callable[[Engine, qwen3.Qwen3], float],
     progress: Callable[..., metrics.Progress],
 ) -> tuple[qwen3.Qwen3, int]:
@@ -125,11 +127,19 @@ def train(
     beside the newest. Ctrl-C and SIGTERM save before they end the run. Of several processes each plays its share of the
     episodes; scores and updates are those of all. Returns the model and the number of live tool calls made, which is 0 or
     the run ended in LiveToolError.
+
+    With `config.grpo.lora` an adapter of `reference` is trained: the reference is the policy without it, of which there is
+    no second copy. The engine plays with merged weights, and the merged model is what the stage leaves. `base` is the
+    folder that `reference` came from.
     """
     grpo = config.grpo
     tx = make_optimizer(grpo.optimizer, grpo.steps * grpo.minibatches)
     devices = mesh.make_mesh(config.mesh)
-    like = checkpoint.abstract_state(checkpoint.abstract_model(reference.config, devices), tx, devices)
+    frozen = reference if grpo.lora.rank else None
+    weights: Any = checkpoint.abstract_model(reference.config, devices)
+    if frozen is not None:
+        weights = adapter_folder.abstract_adapter(reference.config, grpo.lora, devices)
+    like = checkpoint.abstract_state(weights, tx, devices)
     update = steps.make_update(tx)
     buckets = bucket_lengths(config.rollout.context)
     engine = Engine.of_run(config, tok.stop_ids)
@@ -139,9 +149,25 @@ def train(
         importance_cap=grpo.importance_cap, execution=execution,
     )  # fmt: skip
 
+    def first() -> Any:
+        if frozen is None:
+            return qwen3.copy(reference)
+        return lora.init(reference.config, grpo.lora, jax.random.fold_in(jax.random.key(config.seed), 1), devices)
+
+    def model_of(state: steps.TrainState) -> qwen3.Qwen3:
+        return state.model if frozen is None else lora.attach(frozen, state.model)
+
+    def placed(state: steps.TrainState) -> qwen3.Qwen3:
+        """The policy as the engine holds it."""
+        return engine.place(state.model if frozen is None else lora.merge(model_of(state)))
+
     def batches_of(rows: Sequence[Row]) -> Placed:
-        batches = bucketed(rows, buckets, grpo.tokens_per_batch, mesh.row_ways(devices))
-        return [(mesh.place(batch, devices), members) for batch, members in batches]
+        ways = mesh.row_ways(devices)
+        if grpo.packed_length:
+            batches = packed(rows, grpo.packed_length, grpo.tokens_per_batch, ways)
+        else:
+            batches = bucketed(rows, buckets, grpo.tokens_per_batch, ways)
+        return [(mesh.place(batch, devices), packs) for batch, packs in batches]
 
     def play(step: int, chosen: Sequence[Task], policy: qwen3.Qwen3, *, resumed: bool) -> list[Trajectory]:
         """The episodes of a step by `policy`, as the engine holds it; `resumed`: some may have been played already."""
@@ -171,7 +197,7 @@ def train(
         for part in np.array_split(np.arange(len(rows)), grpo.minibatches):
             chosen = [rows[i] for i in part]
             batches = batches_of(chosen)
-            gradients, values, logprobs = steps.accumulate(gradients_of, state.model, None, [batch for batch, _ in batches])
+            gradients, values, logprobs = steps.accumulate(gradients_of, state.model, frozen, [batch for batch, _ in batches])
             state, norm = update(state, gradients)
             parts.append({k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)})
             olds = [row.old_logprobs_T for row in chosen]
@@ -179,8 +205,9 @@ def train(
         return state, {k: float(np.mean([p[k] for p in parts])) for k in parts[0]}, trainer
 
     live_before = registry.live_call_count()
-    with interrupts.held(), registry.forbid_live(), checkpoint.Checkpoints(directory / "checkpoints", best=1) as saved:
-        done, state = saved.restore(like) or (0, checkpoint.new_state(qwen3.copy(reference), tx, devices))
+    folder = adapter_folder.checkpoints(directory, grpo.lora)
+    with interrupts.held(), registry.forbid_live(), checkpoint.Checkpoints(folder, best=1) as saved:
+        done, state = saved.restore(like) or (0, checkpoint.new_state(first(), tx, devices))
         began = done  # episodes that an earlier attempt streamed at a later step were played by other weights
         log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done, writes=processes.is_first())
         validated = {row["step"]: row["validation"] for row in log.kept if "validation" in row}
@@ -189,7 +216,7 @@ def train(
                 while True:
                     processes.check()
                     if (done % grpo.validate_every == 0 or done == grpo.steps) and done not in validated:
-                        validated[done] = validate(engine, engine.place(state.model))
+                        validated[done] = validate(engine, placed(state))
                         log.write({"stage": "grpo", "step": done, "validation": validated[done]})
                     if done % grpo.checkpoint_every == 0 or done == grpo.steps:
                         saved.save(done, state, validated.get(done))
@@ -197,7 +224,7 @@ def train(
                         break
                     chosen = select_tasks(tasks, done, grpo.prompts, config.seed)
                     clock = metrics.Clock()
-                    policy = jax.block_until_ready(engine.place(state.model))
+                    policy = jax.block_until_ready(placed(state))
                     clock.lap("weights")
                     scored = score_groups(chosen, play(done, chosen, policy, resumed=done == began), specs, config)
                     del policy  # it may share buffers with the state, which the update donates
@@ -208,7 +235,7 @@ def train(
                     rows = _rows(scored)
                     rows = [replace(row, ref_logprobs_T=x) for row, x in zip(rows, score(reference, rows), strict=True)]
                     if grpo.minibatches > 1:  # with one, the update's own pass is by the policy that sampled
-                        rows = [replace(row, old_logprobs_T=x) for row, x in zip(rows, score(state.model, rows), strict=True)]
+                        rows = [replace(row, old_logprobs_T=x) for row, x in zip(rows, score(model_of(state), rows), strict=True)]
                     processes.check()  # from here to the next, the model, the number of steps and the metrics change
                     state, values, trainer = learn(state, rows)
                     done += 1
@@ -224,7 +251,12 @@ def train(
         except interrupts.Interrupted:
             saved.save(done, state)
             raise
-    return state.model, registry.live_call_count() - live_before
+    model = model_of(state)
+    if frozen is not None:
+        lines = (directory / "rollouts" / f"{done - 1:05d}.jsonl").read_text().splitlines()[: adapter_folder.ROWS]
+        rows_T = [Trajectory.from_json(json.loads(line)).tokens_T for line in lines]
+        model = adapter_folder.finish(directory, base, model, done, rows_T)
+    return model, registry.live_call_count() - live_before
 
 
 def _streamed(directory: Path, step: int) -> Path:
@@ -240,10 +272,7 @@ def _rows(scored: Scored) -> list[Row]:
 
 def _by_row(rows: Sequence[Row], batches: Placed, logprobs: Sequence[Any]) -> list[np.ndarray]:
     """Logprobs of batches, taken apart into those of rows, without the padding."""
-    out: dict[int, np.ndarray] = {}
-    for (_, members), logprobs_BT in zip(batches, map(processes.whole, logprobs), strict=True):
-        out |= {i: logprobs_BT[b, : len(rows[i].tokens_T)] for b, i in enumerate(members)}
-    return [out[i] for i in range(len(rows))]
+    return taken_apart(rows, [(processes.whole(x), packs) for x, (_, packs) in zip(logprobs, batches, strict=True)])
 
 
 def write_rollouts(path: Path, scored: Scored) -> None:

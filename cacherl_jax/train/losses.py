@@ -29,7 +29,8 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Logprob in nats of each token given those before it and, if asked, the entropy of that prediction; [B, T] float32.
 
-    Entry t belongs to token t and is computed from hidden state t-1; entry 0 of each row is 0. Logits exist for about
+    Entry t belongs to token t and is computed from hidden state t-1; entry 0 of each row is 0, and that of a later segment's
+    first token means nothing (`predicted`). Logits exist for about
     `chunk` positions of a device at a time and are computed again in the backward pass, so that [B, T, V] is never built.
     On a mesh each device takes its own positions, against the vocabulary of its tp group.
     """
@@ -101,14 +102,16 @@ def masked_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     return (kept_BT * mask_BT).sum() / jnp.maximum(mask_BT.sum(), 1.0)
 
 
-def predicted(mask_BT: jax.Array) -> jax.Array:
-    """The mask without a row's first token, which nothing predicts."""
-    return mask_BT.at[:, 0].set(0.0)
+def predicted(x_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """A mask, logprobs or entropies, with 0 at the first token of each segment: the token before it is another's, and
+    nothing predicts it."""
+    follows_BT = jnp.pad(segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(follows_BT, x_BT, 0.0)
 
 
 def sft_loss(logprobs_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Mean negative logprob over masked tokens, nats per token."""
-    return -masked_mean(logprobs_BT, predicted(mask_BT)), {}
+    """Mean negative logprob over the tokens of a mask that is `predicted`, nats per token."""
+    return -masked_mean(logprobs_BT, mask_BT), {}
 
 
 def grpo_loss(
@@ -124,7 +127,7 @@ def grpo_loss(
     kl_coef: float,
     importance_cap: float,
 ) -> tuple[jax.Array, Metrics]:
-    """The clipped policy-gradient loss of GRPO plus a KL penalty, averaged over masked tokens of the whole batch.
+    """The clipped policy-gradient loss of GRPO plus a KL penalty, averaged over the tokens of a mask that is `predicted`.
 
     With ratio r = exp(logprob - old) and advantage A of the token's episode:  -w min(r A, clip(r, 1 - low, 1 + high) A)
     + kl_coef * k3,  k3 = exp(ref - logprob) - (ref - logprob) - 1  (Schulman's non-negative estimator of KL(policy, ref)).
@@ -138,7 +141,6 @@ def grpo_loss(
     undoes it, up to the cap (others scale the trainer's logits instead, and train the tempered policy, which no scaling
     gives under top-p or top-k). Tokens that those cut off are never drawn, and no weight brings them back.
     """
-    mask_BT = predicted(mask_BT)
     old_BT = jax.lax.stop_gradient(logprobs_BT) if old_logprobs_BT is None else old_logprobs_BT
     # Outside the mask the logprobs mean nothing; equal ones keep exp() finite there.
     ratio_BT = jnp.exp(jnp.where(mask_BT > 0, logprobs_BT - old_BT, 0.0))

@@ -6,15 +6,17 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cacherl_jax import checkpoint, interrupts, mesh, metrics, processes
+from cacherl_jax import adapter_folder, checkpoint, interrupts, mesh, metrics, processes
 from cacherl_jax.config import Config
+from cacherl_jax.data.packing import PackedBatches
 from cacherl_jax.data.pipeline import EpochBatches, Row
-from cacherl_jax.model import qwen3
+from cacherl_jax.model import lora, qwen3
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import Tokenizer
 from cacherl_jax.train import step as steps
@@ -47,7 +49,7 @@ def train(
     progress: Callable[..., metrics.Progress],
 ) -> qwen3.Qwen3:
     """Trains `config.weights`, or random weights, for `config.sft.steps` updates, or goes on from the newest checkpoint in
-    `directory`.
+    `directory`. With `config.sft.lora` an adapter is trained in their place, and merged at the end.
 
     Ctrl-C and SIGTERM save before they end the run. The same rows, config and seed give the same losses, interrupted or not,
     and by several processes as by one: batches and their order are functions of (seed, update).
@@ -55,11 +57,22 @@ def train(
     sft = config.sft
     tx = make_optimizer(sft.optimizer, sft.steps)
     devices = mesh.make_mesh(config.mesh)
-    like = checkpoint.abstract_state(checkpoint.abstract_model(config.model, devices), tx, devices)
-    batches = EpochBatches(rows, tokens_per_batch=sft.tokens_per_batch, seed=config.seed, ways=mesh.row_ways(devices))
+    adapted = sft.lora.rank > 0
+    weights: Any = checkpoint.abstract_model(config.model, devices)
+    if adapted:
+        weights = adapter_folder.abstract_adapter(config.model, sft.lora, devices)
+    like = checkpoint.abstract_state(weights, tx, devices)
+    batches = _batches(config, rows, mesh.row_ways(devices))
     processes.refuse_differences({"rows": _digest(rows)})
-    with interrupts.held(), checkpoint.Checkpoints(directory / "checkpoints") as saved:
-        done, state = saved.restore(like) or (0, checkpoint.new_state(_first_model(config, devices), tx, devices))
+    with interrupts.held(), checkpoint.Checkpoints(adapter_folder.checkpoints(directory, sft.lora)) as saved:
+        frozen = _first_model(config, devices) if adapted else None
+
+        def first() -> Any:
+            if not adapted:
+                return _first_model(config, devices)
+            return lora.init(config.model, sft.lora, jax.random.fold_in(jax.random.key(config.seed), 1), devices)
+
+        done, state = saved.restore(like) or (0, checkpoint.new_state(first(), tx, devices))
         update = steps.make_update(tx)
         gradients_of = partial(steps.sft_gradients, execution=qwen3.Execution(devices, config.memory))
         log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done, writes=processes.is_first())
@@ -70,13 +83,15 @@ def train(
                     processes.check()
                     chosen = [batches.batch(done * sft.accumulate + i) for i in range(sft.accumulate)]
                     tokens = sum(int((batch.segment_ids_BT > 0).sum()) for batch in chosen)
+                    filled = tokens / sum(batch.segment_ids_BT.size for batch in chosen)  # the rest is padding
                     placed = [mesh.place(batch, devices) for batch in chosen]
-                    gradients, values, _ = steps.accumulate(gradients_of, state.model, None, placed)
+                    gradients, values, _ = steps.accumulate(gradients_of, state.model, frozen, placed)
                     state, norm = update(state, gradients)
                     done += 1
                     rate.add(tokens)
                     if done % 10 == 0 or done == sft.steps:
-                        row = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm), "tokens": tokens}
+                        row = {k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)}
+                        row |= {"tokens": tokens, "filled": filled}
                         log.write({"stage": directory.name, "step": done} | row | {"rate": rate.read()})
                         bar.set_postfix(loss=f"{row['loss']:.3f}")
                     bar.update(1)
@@ -85,7 +100,18 @@ def train(
         except interrupts.Interrupted:
             saved.save(done, state)
             raise
-    return state.model
+    if frozen is None:
+        return state.model
+    base = Path(config.weights) if config.weights else config.seed
+    shown = [row.tokens_T for row in rows]
+    return adapter_folder.finish(directory, base, lora.attach(frozen, state.model), done, shown, donate=True)
+
+
+def _batches(config: Config, rows: Sequence[Row], ways: int) -> EpochBatches | PackedBatches:
+    sft = config.sft
+    if sft.packed_length:
+        return PackedBatches(rows, sft.packed_length, tokens_per_batch=sft.tokens_per_batch, seed=config.seed, ways=ways)
+    return EpochBatches(rows, tokens_per_batch=sft.tokens_per_batch, seed=config.seed, ways=ways)
 
 
 def _first_model(config: Config, devices: Mesh) -> qwen3.Qwen3:

@@ -42,7 +42,7 @@ def _logprobs(
     model: qwen3.Qwen3, batch: Batch, execution: Execution, *, entropy: bool = False
 ) -> tuple[jax.Array, jax.Array | None]:
     hidden_BTD = qwen3.forward(model, batch.tokens_BT, batch.segment_ids_BT, execution=execution)
-    return losses.token_logprobs(
+    found = losses.token_logprobs(
         hidden_BTD,
         qwen3.unembedding(model),
         batch.tokens_BT,
@@ -50,11 +50,21 @@ def _logprobs(
         mesh=execution.mesh,
         entropy=entropy,
     )
+    return jax.tree.map(lambda x_BT: losses.predicted(x_BT, batch.segment_ids_BT), found)
+
+
+def _mask(batch: Batch) -> jax.Array:
+    return losses.predicted(batch.loss_mask_BT, batch.segment_ids_BT)
+
+
+@jax.jit
+def _loss_tokens(batch: Batch) -> jax.Array:
+    return _mask(batch).sum()
 
 
 @partial(jax.jit, static_argnames="execution")
 def score(model: qwen3.Qwen3, batch: Batch, *, execution: Execution = Execution()) -> jax.Array:
-    """Logprob of every token of the batch given those before it, [B, T] float32; entry 0 of a row is 0."""
+    """Logprob of every token of the batch given those before it in its segment, [B, T] float32; a segment's first token has 0."""
     return _logprobs(model, batch, execution)[0]
 
 
@@ -73,7 +83,7 @@ def sft_gradients(
 
     def loss_fn(trained: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
         logprobs_BT, _ = _logprobs(_model(trained, frozen), batch, execution)
-        loss, metrics = losses.sft_loss(logprobs_BT, batch.loss_mask_BT)
+        loss, metrics = losses.sft_loss(logprobs_BT, _mask(batch))
         return loss, (metrics | {"loss": loss}, logprobs_BT)
 
     return _gradients(loss_fn, trained, share, execution)
@@ -96,11 +106,12 @@ def grpo_gradients(
 
     def loss_fn(trained: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
         logprobs_BT, entropy_BT = _logprobs(_model(trained, frozen), batch, execution, entropy=True)
+        mask_BT = _mask(batch)
         loss, metrics = losses.grpo_loss(
             logprobs_BT,
             batch.behavior_logprobs_BT,
             batch.ref_logprobs_BT,
-            batch.loss_mask_BT,
+            mask_BT,
             batch.advantages_BT,
             batch.old_logprobs_BT,
             clip_low=clip_low,
@@ -109,7 +120,7 @@ def grpo_gradients(
             importance_cap=importance_cap,
         )
         assert entropy_BT is not None
-        entropy = losses.masked_mean(entropy_BT, losses.predicted(batch.loss_mask_BT))
+        entropy = losses.masked_mean(entropy_BT, mask_BT)
         return loss, (metrics | {"loss": loss, "entropy": entropy}, logprobs_BT)
 
     return _gradients(loss_fn, trained, share, execution)
@@ -153,7 +164,7 @@ def accumulate(
     Raises ValueError when no token of any batch carries loss.
     """
     batches = list(batches)
-    tokens = [float(batch.loss_mask_BT[:, 1:].sum()) for batch in batches]
+    tokens = [float(_loss_tokens(batch)) for batch in batches]
     if not sum(tokens):
         raise ValueError("no token of the batch carries loss")
     total: tuple[Any, Metrics] | None = None

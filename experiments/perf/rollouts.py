@@ -115,10 +115,10 @@ def successors(tok: Tokenizer) -> np.ndarray:
 class Side:
     """A process that runs programs when told to."""
 
-    def __init__(self, name: str, python: str, folder: Path) -> None:
+    def __init__(self, name: str, python: str, folder: Path, of: str = "rollouts") -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [python, str(HERE / f"rollouts_{name}.py"), str(folder)],
+            [python, str(HERE / f"{of}_{name}.py"), str(folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
         )  # fmt: skip
         self.versions = self._read()["versions"]

@@ -1,7 +1,8 @@
-"""What the sides of rollouts.py have in common: sizes, and how a side takes orders. Standard library alone, for any environment.
+"""What the sides of rollouts.py have in common: sizes, and how a side takes orders, as those of training.py do. Standard
+library alone, for any environment.
 
 A side is a process of its own. It reads a JSON object a line ({"program": name, ...arguments}), runs that program, and
-answers one JSON line: CPU seconds of the whole process, tokens sampled with their hash, programs that XLA compiled.
+answers one JSON line: CPU seconds of the whole process, what the program gave, programs that XLA compiled.
 """
 
 from __future__ import annotations
@@ -61,8 +62,20 @@ def count_compilations() -> dict[str, float]:
     return tally
 
 
-def serve(programs: Mapping[str, Callable[..., Sequence[Sequence[int]]]], tally: Mapping[str, float], versions: str) -> None:
-    """Answers orders until standard input ends. A program returns the ids that it sampled, a list a row."""
+def sampled(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What an answer says of sampled ids, a list a row: how many, and their hash."""
+    ids = [[int(i) for i in row] for row in rows]
+    return {"tokens": sum(map(len, ids)), "hash": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]}
+
+
+def serve(
+    programs: Mapping[str, Callable[..., Any]],
+    tally: Mapping[str, float],
+    versions: str,
+    describe: Callable[[Any], dict[str, Any]] = sampled,
+) -> None:
+    """Answers orders until standard input ends. `describe` makes a part of the answer of what a program returns; what it
+    takes, such as waiting for an array, counts."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     print(json.dumps({"versions": versions}), file=answers, flush=True)
@@ -70,12 +83,7 @@ def serve(programs: Mapping[str, Callable[..., Sequence[Sequence[int]]]], tally:
         order = json.loads(line)
         before = dict(tally)
         began = time.process_time()
-        sampled = [[int(i) for i in row] for row in programs[order.pop("program")](**order)]
+        described = describe(programs[order.pop("program")](**order))
         cpu = time.process_time() - began
-        answer = {
-            "cpu": cpu,
-            "tokens": sum(map(len, sampled)),
-            "hash": hashlib.sha256(json.dumps(sampled).encode()).hexdigest()[:16],
-            **{name: tally[name] - before[name] for name in tally},
-        }
+        answer = {"cpu": cpu, **described, **{name: tally[name] - before[name] for name in tally}}
         print(json.dumps(answer), file=answers, flush=True)

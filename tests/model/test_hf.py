@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_qwen3 import GOLDEN, ODD, tokens_of, weights_of
+from test_parity import CASES, GOLDEN, weights_of
+from test_qwen3 import ODD, tokens_of
 
-from cacherl_jax.config import ConfigError, ModelConfig
+from cacherl_jax.config import ConfigError, ModelConfig, YarnConfig
 from cacherl_jax.mesh import one_device
 from cacherl_jax.model import hf, hf_config, hf_files, qwen3
 
@@ -24,11 +25,15 @@ from cacherl_jax.model import hf, hf_config, hf_files, qwen3
 FIELDS = {
     "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
     "eos_token_id": 151645, "head_dim": 20, "hidden_act": "silu", "hidden_size": 48, "initializer_range": 0.15,
-    "intermediate_size": 56, "max_position_embeddings": 262144, "max_window_layers": 36, "model_type": "qwen3",
-    "num_attention_heads": 6, "num_hidden_layers": 3, "num_key_value_heads": 3, "rms_norm_eps": 0.003, "rope_scaling": None,
+    "intermediate_size": 56, "max_position_embeddings": 224, "max_window_layers": 36, "model_type": "qwen3",
+    "num_attention_heads": 6, "num_hidden_layers": 3, "num_key_value_heads": 3, "rms_norm_eps": 0.003, "rope_scaling": {
+        "rope_type": "yarn", "factor": 3.5, "original_max_position_embeddings": 64, "beta_fast": 6, "beta_slow": 0.5,
+        "mscale": 1.3, "mscale_all_dim": 0.7, "truncate": False,
+    },
     "rope_theta": 5003, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "float32",
     "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 97,
 }  # fmt: skip
+YARN = FIELDS["rope_scaling"]
 READ = dataclasses.replace(ODD, embedding_range=0.15)  # Hugging Face has one range for both
 
 
@@ -38,7 +43,7 @@ READ = dataclasses.replace(ODD, embedding_range=0.15)  # Hugging Face has one ra
 def test_both_spellings_of_a_config_are_read_and_kept():
     without = {k: v for k, v in FIELDS.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
     new = without | {
-        "rope_parameters": {"rope_theta": 5003.0, "rope_type": "default"}, "dtype": "float32",
+        "rope_parameters": FIELDS["rope_scaling"] | {"rope_theta": 5003.0}, "dtype": "float32",
         "layer_types": ["full_attention"] * 3,
     }  # fmt: skip
     for fields in (FIELDS, new):
@@ -52,6 +57,29 @@ def test_both_spellings_of_a_config_are_read_and_kept():
     assert hf_config.from_hf_config(FIELDS, "bfloat16") == dataclasses.replace(READ, dtype="bfloat16")
 
 
+def test_yarn_is_read_as_transformers_means_it_and_written_where_it_stands():
+    def yarn(**changes):
+        return hf_config.from_hf_config(FIELDS | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}} | changes).yarn
+
+    assert yarn() == yarn(rope_scaling={"type": "yarn", "factor": 4, "beta_fast": None, "beta_slow": 0, "attention_factor": None})
+    assert yarn() == YarnConfig(factor=4.0, original_max_position_embeddings=224)  # by default the longest context
+    assert yarn(rope_scaling=None) == yarn(rope_scaling={"rope_type": "yarn", "factor": 1.0}) == YarnConfig()
+    plain = FIELDS | {"rope_scaling": None, "max_position_embeddings": 32768}
+    new = {k: v for k, v in plain.items() if k not in ("rope_theta", "rope_scaling")}
+    new |= {"rope_parameters": {"rope_theta": 5003, "rope_type": "default"}}
+    off = dataclasses.replace(READ, yarn=YarnConfig())
+    longer = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    on = dataclasses.replace(READ, yarn=YarnConfig(factor=4.0))
+    for fields, expected in (
+        (plain, plain | {"rope_scaling": longer, "max_position_embeddings": 131072}),
+        (new, new | {"rope_parameters": longer | {"rope_theta": 5003}, "max_position_embeddings": 131072}),
+    ):
+        assert hf_config.to_hf_config(on, fields) == expected and hf_config.from_hf_config(expected) == on
+        back = hf_config.to_hf_config(off, expected)
+        assert hf_config.from_hf_config(back) == off and back["max_position_embeddings"] == 32768
+    assert hf_config.from_hf_config(hf_config.to_hf_config(on)) == on
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -62,10 +90,19 @@ def test_both_spellings_of_a_config_are_read_and_kept():
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types of layer 1 is 'sliding_attention'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn'; only 'default'"),
+        ({"rope_scaling": YARN | {"rope_type": "llama3"}}, "rope_scaling.rope_type is 'llama3'; one of 'default', 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling.type is 'linear'"),
-        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, "rope_theta is 5003 and in rope_parameters 10000.0"),
-        ({"rope_parameters": {"rope_theta": 5003, "factor": 2.0}}, "rope_parameters.factor is 2.0; no scaling of RoPE"),
+        ({"rope_scaling": YARN | {"type": "default"}}, "rope_scaling.type is 'default'"),
+        ({"rope_scaling": YARN | {"finetuned": True}}, "rope_scaling.finetuned is True; this scaling of RoPE is not"),
+        ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "rope_scaling.partial_rotary_factor is 0.5; only 1.0"),
+        ({"rope_scaling": YARN | {"factor": None}}, "rope_scaling.factor is missing; YaRN needs it"),
+        ({"rope_scaling": YARN | {"factor": "4"}}, "field 'rope_scaling': model.yarn.factor = '4'"),
+        ({"rope_scaling": YARN | {"beta_fast": 0.25}}, "model.yarn.beta_fast=0.25 is below model.yarn.beta_slow=0.5"),
+        ({"rope_scaling": YARN | {"mscale": None}}, "model.yarn.mscale=0.0 and model.yarn.mscale_all_dim=0.7"),
+        ({"rope_scaling": YARN | {"factor": 1.0, "attention_factor": 1.5}}, "rope_scaling.attention_factor is 1.5 and factor 1"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, "and rope_parameters.rope_theta 10000.0"),
+        ({"rope_parameters": {"rope_theta": 5003, "factor": 2.0}}, "rope_parameters.factor is 2.0; this scaling of RoPE is not"),
+        ({"rope_parameters": {"rope_theta": 5003, "rope_type": "default"}}, "they must agree"),
         ({"rope_theta": None}, "field 'rope_theta' is missing"),
         ({"head_dim": ...}, "field 'head_dim' is missing"),
         ({"head_dim": "20"}, "field 'head_dim': model.head_dim = '20'"),
@@ -120,13 +157,13 @@ def load(config: ModelConfig, folder: Path) -> qwen3.Qwen3:
     return hf.load(config, lambda name, index: hf_files.read(found[name], name, index), one_device())
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_weights_from_files_give_the_logits_that_transformers_gave(tmp_path, tied):
-    config = dataclasses.replace(ODD, tie_word_embeddings=tied)
+@pytest.mark.parametrize("case", CASES)
+def test_weights_from_files_give_the_logits_that_transformers_gave(tmp_path, case):
+    config = CASES[case]
     write_shards(tmp_path, weights_of(config), 3)
     model, tokens_BT = load(config, tmp_path), tokens_of((2, 19))
     logits_BTV = qwen3.logits(model, qwen3.forward(model, tokens_BT, jnp.ones_like(tokens_BT)))
-    np.testing.assert_allclose(logits_BTV, np.load(GOLDEN)[f"{tied}/logits"], atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(logits_BTV, np.load(GOLDEN)[f"{case}/logits"], atol=1e-4, rtol=1e-4)
 
 
 def test_the_writer_writes_what_safetensors_reads(tmp_path):

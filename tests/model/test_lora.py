@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from cacherl_jax.config import ConfigError, LoraConfig, ModelConfig
 from cacherl_jax.model import hf, lora, qwen3
@@ -164,4 +164,3 @@ def test_peft_reads_the_exported_layout_as_the_same_model(base, tmp_path):
     both = lora.attach(base, adapter)
     found_BTV = qwen3.logits(both, qwen3.forward(both, TOKENS, jnp.ones_like(TOKENS)))
     np.testing.assert_allclose(found_BTV, expected_BTV, atol=1e-4)
-    assert load_file(tmp_path / "adapter_model.safetensors").keys() == peft.get_peft_model_state_dict(model).keys()

@@ -1,14 +1,13 @@
-"""The model against transformers' Qwen3ForCausalLM, and against itself: cached, packed, causal."""
+"""The model against itself: cached, packed, causal, and every field of its configuration read. test_parity.py has transformers."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacherl_jax.config import ModelConfig
+from cacherl_jax.config import ModelConfig, YarnConfig
 from cacherl_jax.model import hf, qwen3
 from cacherl_jax.model.attention import attend, attend_cache
 
@@ -22,14 +21,20 @@ ODD = ModelConfig(
     head_dim=20,
     intermediate_size=56,
     rope_theta=5_003.0,
+    yarn=YarnConfig(
+        factor=3.5,
+        original_max_position_embeddings=64,
+        beta_fast=6.0,
+        beta_slow=0.5,
+        mscale=1.3,
+        mscale_all_dim=0.7,
+        truncate=False,
+    ),
     rms_norm_eps=3e-3,
     tie_word_embeddings=False,
     initializer_range=0.15,
     embedding_range=0.7,
 )
-
-
-GOLDEN = Path(__file__).parent.parent / "testdata" / "qwen3_golden.npz"
 
 
 def tokens_of(shape, seed=0):
@@ -41,114 +46,31 @@ def model():
     return qwen3.init(ODD, jax.random.key(1))
 
 
-def weights_of(config):
-    """Random weights under Hugging Face's names, norms included: the same wherever they are made."""
-    like = hf.to_hf(config, qwen3.to_dict(qwen3.init(config, jax.random.key(0))))
-    rng = np.random.default_rng(5)
-    return {n: (rng.normal(size=w.shape) * 0.2 + (w.ndim == 1)).astype(np.float32) for n, w in sorted(like.items())}
-
-
-def outcome(config):
-    """Our logits, loss and gradients by Hugging Face's names, for the weights of `weights_of`."""
-    tokens_BT = tokens_of((2, 19))
-
-    def loss_fn(model):
-        logits_BTV = qwen3.logits(model, qwen3.forward(model, tokens_BT, jnp.ones_like(tokens_BT)))
-        logprobs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
-        return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1).mean(), logits_BTV
-
-    ours = qwen3.from_dict(config, jax.tree.map(jnp.asarray, hf.from_hf(config, weights_of(config))))
-    (loss, logits_BTV), gradients = jax.value_and_grad(loss_fn, has_aux=True)(ours)
-    return np.asarray(logits_BTV), float(loss), hf.to_hf(config, qwen3.to_dict(gradients))
-
-
-def transformers_outcome(config):
-    """The same by transformers. Also run by `python tests/model/test_qwen3.py`, which writes the golden file."""
-    import torch
-    import transformers
-
-    theirs = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            intermediate_size=config.intermediate_size,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=config.tie_word_embeddings,
-            initializer_range=config.initializer_range,
-            attn_implementation="eager",
-        )
-    )
-    parameters = dict(theirs.named_parameters())
-    given = weights_of(config)
-    assert given.keys() == parameters.keys()
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(torch.tensor(given[name]))
-    tokens_BT = torch.tensor(np.asarray(tokens_of((2, 19)))).long()
-    out = theirs(tokens_BT, labels=tokens_BT)
-    out.loss.backward()
-    return out.logits.detach().numpy(), out.loss.item(), {name: p.grad.numpy() for name, p in parameters.items()}
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_logits_and_gradients_equal_transformers(tied):
-    pytest.importorskip("torch", reason="parity with transformers needs torch: pip install torch==2.13.0")
-    config = dataclasses.replace(ODD, tie_word_embeddings=tied)
-    logits_BTV, loss, gradients = outcome(config)
-    their_logits_BTV, their_loss, their_gradients = transformers_outcome(config)
-    np.testing.assert_allclose(logits_BTV, their_logits_BTV, atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(loss, their_loss, rtol=1e-5)
-    assert gradients.keys() == their_gradients.keys()
-    for name, gradient in their_gradients.items():
-        np.testing.assert_allclose(gradients[name], gradient, atol=1e-4, err_msg=name)
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_logits_and_gradients_equal_those_that_transformers_gave(tied):
-    """Where torch is absent the golden file keeps the parity; gradients of matrices by their norms."""
-    golden = np.load(GOLDEN)
-    logits_BTV, loss, gradients = outcome(dataclasses.replace(ODD, tie_word_embeddings=tied))
-    np.testing.assert_allclose(logits_BTV, golden[f"{tied}/logits"], atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(loss, golden[f"{tied}/loss"], rtol=1e-5)
-    for name, gradient in gradients.items():
-        kept = gradient if gradient.ndim == 1 else np.linalg.norm(gradient)
-        np.testing.assert_allclose(kept, golden[f"{tied}/{name}"], atol=1e-4, rtol=1e-4, err_msg=name)
-
-
-def write_golden():
-    arrays = {}
-    for tied in (False, True):
-        logits_BTV, loss, gradients = transformers_outcome(dataclasses.replace(ODD, tie_word_embeddings=tied))
-        arrays |= {f"{tied}/logits": logits_BTV, f"{tied}/loss": np.float32(loss)}
-        arrays |= {f"{tied}/{name}": g if g.ndim == 1 else np.linalg.norm(g) for name, g in gradients.items()}
-    GOLDEN.parent.mkdir(exist_ok=True)
-    np.savez_compressed(GOLDEN, **arrays)
-
-
 def test_hf_names_and_layouts_round_trip(model):
     tree = qwen3.to_dict(model)
     jax.tree.map(np.testing.assert_array_equal, hf.from_hf(ODD, hf.to_hf(ODD, tree)), tree)
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ModelConfig)])
+FIELDS = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "yarn"]
+
+
+@pytest.mark.parametrize("field", [*FIELDS, *(f"yarn.{f.name}" for f in dataclasses.fields(YarnConfig))])
 def test_every_config_field_changes_the_model(field):
     changed = {
         "num_heads": 3, "num_kv_heads": 2, "head_dim": 24, "tie_word_embeddings": True, "dtype": "bfloat16", "vocab_size": 98,
+        "yarn.attention_factor": 1.3, "yarn.truncate": True,
     }  # fmt: skip
-    value = getattr(ODD, field)
-    other = dataclasses.replace(ODD, **{field: changed.get(field, value * 2)})
+    *nested, name = field.split(".")
+    value = getattr(ODD.yarn if nested else ODD, name)
+    change = {name: changed[field] if field in changed else value * 2}
+    change = {"yarn": dataclasses.replace(ODD.yarn, **change)} if nested else change
     tokens_BT = tokens_of((1, 9))
 
     def outputs(config):
         made = qwen3.init(config, jax.random.key(1))
         return qwen3.logits(made, qwen3.forward(made, tokens_BT, jnp.ones_like(tokens_BT)))
 
-    a, b = outputs(ODD), outputs(other)
+    a, b = outputs(ODD), outputs(dataclasses.replace(ODD, **change))
     assert a.shape != b.shape or float(jnp.abs(a - b).max()) > 1e-4
 
 
@@ -223,10 +145,6 @@ def test_no_position_sees_a_later_token(model):
     for t in (0, 4, 9):
         moved_V = np.abs(jax.grad(hidden_at)(model.embed_VD[...], t)).sum(axis=1)[:10]
         assert (moved_V[: t + 1] > 0).all() and not moved_V[t + 1 :].any()
-
-
-if __name__ == "__main__":
-    write_golden()
 
 
 def test_a_row_reads_its_own_slots_whatever_longer_rows_read():

@@ -206,21 +206,8 @@ def test_interrupted_training_ends_as_uninterrupted_training(tmp_path, stop):
         sft.train(CONFIG, ROWS, tmp_path / "b/sft", progress=interrupted_after(stop))
     resumed = sft.train(CONFIG, ROWS, tmp_path / "b/sft", progress=quiet)
     jax.tree.map(np.testing.assert_array_equal, qwen3.to_dict(straight), qwen3.to_dict(resumed))
-    assert metrics.read_metrics(tmp_path / "a/sft/metrics.jsonl") == metrics.read_metrics(tmp_path / "b/sft/metrics.jsonl")
+    assert without_times(tmp_path / "a/sft/metrics.jsonl") == without_times(tmp_path / "b/sft/metrics.jsonl")
 
 
-def test_a_half_written_checkpoint_is_not_taken_for_whole(tmp_path, model):
-    tx = optax.sgd(0.1)
-    state = steps.TrainState.create(model, tx)
-    with checkpoint.Checkpoints(tmp_path, latest=2) as saved:
-        assert saved.restore(state) is None
-        saved.save(3, state)
-    (tmp_path / "7.orbax-checkpoint-tmp" / "default").mkdir(parents=True)  # what a killed writer leaves
-    with checkpoint.Checkpoints(tmp_path, latest=2) as saved:
-        step, restored = saved.restore(state)
-    assert step == 3
-    jax.tree.map(np.testing.assert_array_equal, qwen3.to_dict(restored.model), qwen3.to_dict(model))
-    like = qwen3.init(MODEL, jax.random.key(9))
-    jax.tree.map(np.testing.assert_array_equal, qwen3.to_dict(checkpoint.restore_model(tmp_path, like)), qwen3.to_dict(model))
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        checkpoint.restore_model(tmp_path / "elsewhere", like)
+def without_times(path):
+    return [{k: v for k, v in row.items() if k != "rate"} for row in metrics.read_metrics(path)]
