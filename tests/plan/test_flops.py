@@ -21,6 +21,7 @@ B, T = 2, 64
 def counted(function, *arguments) -> float:
     """FLOPs by XLA, which counts a loop's body once: `function` must be unrolled."""
     analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    assert analysis is not None
     return analysis["flops"]
 
 
