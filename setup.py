@@ -12,6 +12,7 @@ EXTRAS = {
     "teacher": ["openai>=1.40"],
 }
 EXTRAS["test"] = [
+    *EXTRAS["tpu"],
     *EXTRAS["report"],
     *EXTRAS["data"],
     *EXTRAS["teacher"],

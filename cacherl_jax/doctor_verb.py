@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import sys
 from typing import Any
 
 from cacherl_jax import versions
@@ -29,8 +28,6 @@ def doctor() -> dict[str, Any]:
         versions.check_pair(installed["jax"], installed["flax"])
     except versions.KnownBadVersions as error:
         known_bad.append(str(error))
-    if sys.version_info < (3, 11):
-        known_bad.append(f"Python {platform.python_version()} is too old: 3.11 or newer")
     known_bad += [f"{name} is absent: pip install cacherl_jax" for name in versions.PACKAGES[1:] if installed[name] == "absent"]
     return {
         "known_bad": known_bad,
@@ -58,7 +55,7 @@ def _compilation_cache() -> str:
     """Where compiled programs are kept between runs."""
     import jax
 
-    return jax.config.jax_compilation_cache_dir or "none: set JAX_COMPILATION_CACHE_DIR to a folder, and runs start faster"
+    return jax.config.values["jax_compilation_cache_dir"] or "none: set JAX_COMPILATION_CACHE_DIR to a folder, and runs start faster"
 
 
 def _devices() -> list[dict[str, Any]]:

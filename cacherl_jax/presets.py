@@ -19,14 +19,16 @@ from cacherl_jax.config import (
 ADAMW = OptimizerConfig(name="adamw", learning_rate=1e-5, warmup_steps=20, schedule="cosine", b2=0.95)
 
 
-def full(name: str, model: ModelConfig, mesh: MeshConfig, *, length: int, sft_rows: int, grpo_rows: int, rollout_rows: int) -> Config:
+def full(
+    name: str, model: ModelConfig, mesh: MeshConfig, *, length: int, sft_rows: int, grpo_rows: int, rollout_rows: int
+) -> Config:
     """All weights trained: SFT, then GRPO, in packed rows of `length` tokens, so many to a batch; `rollout_rows` rows of an
     engine whose heads all devices share. Weights and moments in float32, products in bfloat16, layers computed again."""
     return Config(
         name=name,
         model=model,
         mesh=mesh,
-        memory=MemoryConfig(compute="bfloat16", remat="full"),
+        memory=MemoryConfig(compute="bfloat16", remat="full", logit_chunk=1024),  # float32 logits of 4,096 tokens are 2.3 GiB
         sft=SftConfig(steps=500, tokens_per_batch=sft_rows * length, packed_length=length, optimizer=ADAMW),
         grpo=GrpoConfig(
             steps=100,

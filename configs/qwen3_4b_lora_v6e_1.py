@@ -11,7 +11,7 @@ from cacherl_jax.config import Config, MeshConfig
 
 
 def get_config() -> Config:
-    return presets.lora(
-        presets.full("qwen3_4b_lora_v6e_1", sizes.QWEN3_4B_2507, MeshConfig(), length=8192, sft_rows=1, grpo_rows=1, rollout_rows=8),
-        rank=16, alpha=32.0,
-    )  # fmt: skip
+    run = presets.full(
+        "qwen3_4b_lora_v6e_1", sizes.QWEN3_4B_2507, MeshConfig(), length=8192, sft_rows=1, grpo_rows=1, rollout_rows=8
+    )
+    return presets.lora(run, rank=16, alpha=32.0)

@@ -13,7 +13,9 @@ OPS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collect
 COLLECTIVE = re.compile(rf"= (.*?) ({OPS})(-start)?\(")
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+)[ (].*\{\s*$")
-CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.-]+)")
+CALLED = re.compile(
+    r"(?:calls|to_apply|true_computation|false_computation|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.-]+)"
+)
 WHILE = re.compile(r"\bwhile\(.*\bcondition=%?([\w.-]+), body=%?([\w.-]+)")
 KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")

@@ -119,7 +119,9 @@ def plan(config: Config, topology: Topology, step: str) -> dict[str, Any]:
     result = compile_step(config, topology, step)
     if result["fits"]:
         return result
-    chosen = changes.most_promising(config, topology, step, result["peak_bytes"], lambda c, t: programs.programs(c, step, mesh_of(c, t)))
+    chosen = changes.most_promising(
+        config, topology, step, result["peak_bytes"], lambda c, t: programs.programs(c, step, mesh_of(c, t))
+    )
     if chosen is None:
         return result | {"change": None}
     changed = compile_step(chosen.config, chosen.topology, step)

@@ -31,7 +31,7 @@ CHIPS = {
     "v6e": Chip(31.25, 918e12, 1640e9, 448e9, (2, 2, 1), FLAT),
 }
 GIB = 2**30
-GPU = re.compile(r"gpu|cuda|nvidia|rtx|[abhltv]\d+0+0?s?\b|gh200|gb\d+|b\d+|h\d+|mi\d+|l4|t4", re.IGNORECASE)
+GPU = re.compile(r"gpu|cuda|nvidia|amd|rtx|^(a|b|h|l|t|p|gh|gb|mi|v1)\d{1,4}[sx]?\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def parse(text: str) -> Topology:
     name, _, count = text.strip().partition("@")
     kind, _, size = name.partition(":")
     known = "; ".join(f"{k}:{{{','.join(chip.slices)}}}" for k, chip in CHIPS.items())
-    if kind not in CHIPS and GPU.fullmatch(kind):
+    if kind not in CHIPS and GPU.search(kind):
         raise ConfigError(f"--topology {text!r}: plans are made by the TPU compiler, there is none for GPUs. Known: {known}")
     if kind not in CHIPS or size not in CHIPS[kind].slices:
         raise ConfigError(f"--topology {text!r} is not known. Known: {known}; @N behind one for N slices")

@@ -31,8 +31,8 @@ STEPS = ("sft", "grpo", "decode")
 
 def sketch(topology: str, rows: int, length: int, peak: float, *more: str) -> tuple[str, list[str], float]:
     """(topology, overrides of configs/qwen3_4b_v6e_8.py, the sketch's peak in GiB): SFT of `rows` rows of `length` tokens."""
-    sizes = [f"rollout.context={length}", f"sft.packed_length={length}", f"sft.tokens_per_batch={rows * length}"]
-    return topology, [*sizes, *more], peak
+    packed = [f"{part}.packed_length={length}" for part in ("sft", "grpo")]
+    return topology, [f"rollout.context={length}", *packed, f"sft.tokens_per_batch={rows * length}", *more], peak
 
 
 ADAPTER = ("mesh.fsdp=1", "sft.lora.rank=16", "model.dtype=bfloat16")
@@ -75,7 +75,9 @@ def gib(n: int | None) -> str:
 
 
 def launch_table() -> list[str]:
-    lines = ["| config | slice | step | batch | arguments | temporaries | peak | limit | fits | TFLOP | s from FLOPs | s from bytes |"]
+    lines = [
+        "| config | slice | step | batch | arguments | temporaries | peak | limit | fits | TFLOP | s from FLOPs | s from bytes |"
+    ]
     lines.append("|---" * 12 + "|")
     for config, topology in LAUNCH.items():
         for step in STEPS:
