@@ -317,6 +317,12 @@ class Config:
             "an episode of that many tokens would fit into no row",
         )
 
+    @property
+    def rollout_model(self) -> ModelConfig:
+        """The model as rollouts hold it: weights in the dtype of matrix products."""
+        compute = self.memory.compute
+        return self.model if compute == "weights" else dataclasses.replace(self.model, dtype=compute)
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

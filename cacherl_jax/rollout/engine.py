@@ -120,10 +120,8 @@ class Engine:
     @classmethod
     def of_run(cls, config: Config, stop_ids: Sequence[int]) -> Engine:
         """The engine of a run, on its devices, in the layout for rollouts and the dtype of its matrix products."""
-        model = config.model
-        if config.memory.compute != "weights":
-            model = dataclasses.replace(model, dtype=config.memory.compute)
-        return cls(model, config.rollout, stop_ids, meshes.rollout_mesh(meshes.make_mesh(config.mesh), config.rollout.tp))
+        mesh = meshes.rollout_mesh(meshes.make_mesh(config.mesh), config.rollout.tp)
+        return cls(config.rollout_model, config.rollout, stop_ids, mesh)
 
     def _program(self, body: Callable[..., Any], arguments: str, results: str, donate: int) -> Callable[..., Any]:
         """`body` for the rows of one device, on all of them. m model, c cache, s state, i rows first, r the same everywhere."""

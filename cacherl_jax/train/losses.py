@@ -6,6 +6,7 @@ the unembedding matrix come as arrays.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,17 +32,19 @@ def token_logprobs(
 
     Entry t belongs to token t and is computed from hidden state t-1; entry 0 of each row is 0, and that of a later segment's
     first token means nothing (`predicted`). Logits exist for about
-    `chunk` positions of a device at a time and are computed again in the backward pass, so that [B, T, V] is never built.
+    `chunk` positions of a device at a time; those of several chunks are computed again in the backward pass, so that
+    [B, T, V] is never built.
     On a mesh each device takes its own positions, against the vocabulary of its tp group.
     """
     next_BT = jnp.roll(tokens_BT, -1, axis=1)  # the last entry of a row is dropped below
+    of_chunks = partial(_next_logprobs, chunk=chunk, entropy=entropy, summed=unembed_VD.dtype)
     if mesh is None:
-        logprobs_BT, entropy_BT = _next_logprobs(hidden_BTD, unembed_VD.T, next_BT, chunk, entropy, tp=1)
+        logprobs_BT, entropy_BT = of_chunks(hidden_BTD, unembed_VD.T, next_BT, tp=1)
     else:
 
         def local(hidden_BTD: jax.Array, slice_VD: jax.Array, next_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
             gathered_DV = jax.lax.all_gather(slice_VD.T.astype(hidden_BTD.dtype), meshes.SHARDED, axis=0, tiled=True)
-            return _next_logprobs(hidden_BTD, gathered_DV, next_BT, chunk, entropy, tp=mesh.shape["tp"])
+            return of_chunks(hidden_BTD, gathered_DV, next_BT, tp=mesh.shape["tp"])
 
         tokens = meshes.TOKENS_BT
         logprobs_BT, entropy_BT = jax.shard_map(
@@ -59,9 +62,10 @@ def token_logprobs(
 
 
 def _next_logprobs(
-    hidden_BTD: jax.Array, unembed_DV: jax.Array, next_BT: jax.Array, chunk: int, entropy: bool, tp: int
+    hidden_BTD: jax.Array, unembed_DV: jax.Array, next_BT: jax.Array, *, tp: int, chunk: int, entropy: bool, summed: Any
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Of the token that follows each position; unembed_DV holds this device's part of the vocabulary, of `tp` parts."""
+    """Of the token that follows each position; unembed_DV holds this device's part of the vocabulary, of `tp` parts.
+    Gradients of its chunks are summed in the dtype `summed`, that of the weights."""
     (B, T, D), V = hidden_BTD.shape, unembed_DV.shape[1]
     chunks = -(-B * T // chunk)
     size = -(-B * T // chunks)
@@ -69,14 +73,13 @@ def _next_logprobs(
     hidden_MCD = jnp.pad(hidden_BTD.reshape(-1, D), ((0, pad), (0, 0))).reshape(chunks, size, D)
     next_MC = jnp.pad(next_BT.reshape(-1), (0, pad)).reshape(chunks, size)
     first = jax.lax.axis_index("tp") * V if tp > 1 else 0
-    weights32_DV = unembed_DV.astype(jnp.float32)  # so that gradients of chunks are summed in float32
+    unembed_DV = unembed_DV.astype(summed)
 
     def over_tp(reduce: Any, x: jax.Array) -> jax.Array:
         return reduce(x, "tp") if tp > 1 else x
 
-    @jax.checkpoint
     def of_chunk(hidden_CD: jax.Array, next_C: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        weights_DV = weights32_DV.astype(hidden_CD.dtype)
+        weights_DV = unembed_DV.astype(hidden_CD.dtype)
         logits_CV = jnp.einsum("CD,DV->CV", hidden_CD, weights_DV, preferred_element_type=jnp.float32)
         largest_C1 = over_tp(jax.lax.pmax, jax.lax.stop_gradient(logits_CV.max(axis=-1, keepdims=True)))
         exps_CV = jnp.exp(logits_CV - largest_C1)
@@ -89,7 +92,10 @@ def _next_logprobs(
         mean_C = over_tp(jax.lax.psum, (exps_CV * logits_CV).sum(axis=-1)) / sum_C
         return chosen_C - normalizer_C, jax.lax.stop_gradient(normalizer_C - mean_C)
 
-    found = of_chunk(hidden_MCD[0], next_MC[0]) if chunks == 1 else jax.lax.map(lambda x: of_chunk(*x), (hidden_MCD, next_MC))
+    if chunks == 1:
+        found = of_chunk(hidden_MCD[0], next_MC[0])
+    else:
+        found = jax.lax.map(lambda x: jax.checkpoint(of_chunk)(*x), (hidden_MCD, next_MC))
     return jax.tree.map(lambda x: x.reshape(-1)[: B * T].reshape(B, T), found)
 
 

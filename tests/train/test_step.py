@@ -38,20 +38,20 @@ def on_device(batches):
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
 def test_accumulated_gradients_equal_those_of_one_batch(model, kind):
-    def gradients_of(m, batch, share):
+    def gradients_of(m, frozen, batch, share):
         if kind == "sft":
-            return steps.sft_gradients(m, batch, share)
-        return steps.grpo_gradients(m, batch, share, clip_low=0.2, clip_high=0.2, kl_coef=0.1, importance_cap=2.0)
+            return steps.sft_gradients(m, frozen, batch, share)
+        return steps.grpo_gradients(m, frozen, batch, share, clip_low=0.2, clip_high=0.2, kl_coef=0.1, importance_cap=2.0)
 
-    *whole, _ = steps.accumulate(gradients_of, model, on_device([collate(ROWS, 128, 8)]))
+    *whole, _ = steps.accumulate(gradients_of, model, None, on_device([collate(ROWS, 128, 8)]))
     parts = on_device([batch for batch, _ in bucketed(ROWS, (64, 96, 128), 256, 1)])
     assert len(parts) > 3
-    *split, logprobs = steps.accumulate(gradients_of, model, parts)
+    *split, logprobs = steps.accumulate(gradients_of, model, None, parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-4), whole, split)
     for logprobs_BT, batch in zip(logprobs, parts, strict=True):
         np.testing.assert_allclose(logprobs_BT, steps.score(model, batch), atol=1e-5)
     with pytest.raises(ValueError, match="no token"):
-        steps.accumulate(gradients_of, model, [dataclasses.replace(parts[0], loss_mask_BT=0 * parts[0].loss_mask_BT)])
+        steps.accumulate(gradients_of, model, None, [dataclasses.replace(parts[0], loss_mask_BT=0 * parts[0].loss_mask_BT)])
 
 
 def test_score_is_the_logprob_that_training_sees(model):
@@ -70,7 +70,7 @@ def test_optimizers_reduce_the_loss_and_treat_matrices_as_such(model, name):
     batches = on_device([collate(ROWS, 128, 8)])
     losses = []
     for _ in range(30):
-        gradients, values, _ = steps.accumulate(steps.sft_gradients, state.model, batches)
+        gradients, values, _ = steps.accumulate(steps.sft_gradients, state.model, None, batches)
         state, _ = update(state, gradients)
         losses.append(float(values["loss"]))
     assert losses[-1] < 0.7 * losses[0] and int(state.step) == 30
@@ -93,13 +93,17 @@ def test_muon_orthogonalises_each_layers_matrix(model):
 
 
 def test_meshes_and_batches_that_do_not_divide_are_refused_with_the_numbers():
-    with pytest.raises(ConfigError, match=r"data=3 x fsdp=1 x tp=1 = 3 devices, but there are 1"):
+    with pytest.raises(ConfigError, match=r"data=3 x fsdp=1 x seq=1 x tp=1 = 3 devices, but there are 1"):
         make_mesh(MeshConfig(data=3))
     program = """
         from cacherl_jax.config import ConfigError
-        for shape, message in (((6, 2), "6 rows does not divide over data x fsdp = 4"),):
+        long = make_mesh(MeshConfig(fsdp=2, seq=4))
+        for shape, mesh_, message in (
+            ((6, 2), mesh, "6 rows does not divide over data x fsdp = 4"),
+            ((2, 66), long, "rows of 66 tokens do not divide over seq = 4 devices"),
+        ):
             try:
-                place(np.zeros(shape), mesh)
+                place(np.zeros(shape), mesh_)
             except ConfigError as error:
                 assert message in str(error), error
             else:
@@ -133,21 +137,26 @@ def run_on_eight_devices(program):
 
 def test_eight_devices_equal_one_with_parameters_sharded_at_birth():
     out = run_on_eight_devices("""
+        from functools import partial
         from cacherl_jax.train import step as steps
         from cacherl_jax.train.optimizer import make_optimizer
         from cacherl_jax.data.pipeline import Row, collate
+        jax.config.update("jax_disable_most_optimizations", True)  # programs run once: compiling is what costs
         rng = np.random.default_rng(0)
         rows = [Row(rng.integers(0, 64, 64).astype(np.int32), rng.random(64) < 0.6) for _ in range(8)]
         batch = collate(rows, 64, 8)
 
-        def losses(devices, axes):
+        def losses(devices, axes, memory=MemoryConfig()):
             mesh = make_mesh(axes, devices)
             model = qwen3.init(MODEL, jax.random.key(0), mesh)
             tx = make_optimizer(OptimizerConfig(name="adamw", learning_rate=1e-2, warmup_steps=1), 5)
             state, update = steps.TrainState.create(model, tx), steps.make_update(tx)
+            gradients_of = partial(steps.sft_gradients, execution=qwen3.Execution(mesh, memory))
             out = []
             for _ in range(3):
-                gradients, values, _ = steps.accumulate(steps.sft_gradients, state.model, [place(batch, mesh)])
+                gradients, values, _ = steps.accumulate(gradients_of, state.model, None, [place(batch, mesh)])
+                gate = gradients.layers.gate_DF[...]
+                assert gate.sharding.is_equivalent_to(state.model.layers.gate_DF[...].sharding, gate.ndim), gate.sharding
                 state, norm = update(state, gradients)
                 out += [float(values["loss"]), float(norm)]
             return out, state.model
@@ -158,6 +167,10 @@ def test_eight_devices_equal_one_with_parameters_sharded_at_birth():
         gate = model.layers.gate_DF[...]
         assert gate.sharding.shard_shape(gate.shape) == (2, 16, 24), gate.sharding
         assert model.embed_VD[...].sharding.shard_shape((64, 32)) == (32, 16)
+        for remat in ("dots", "full"):  # with tokens of a row on two devices, and logits of a few tokens at a time
+            eight, model = losses(jax.devices(), MeshConfig(fsdp=2, seq=2, tp=2), MemoryConfig(remat=remat, logit_chunk=24))
+            np.testing.assert_allclose(one, eight, rtol=2e-5)
+            assert model.layers.gate_DF[...].sharding.shard_shape(gate.shape) == (2, 8, 24)
         print("same")
     """)
     assert "same" in out
