@@ -114,7 +114,7 @@ def training(config: Config, step: str, mesh: Mesh) -> tuple[list[Program], int,
     reference = bytes_of(model) if step == "grpo" and frozen is None else 0
     summed = bytes_of(trained) if work.batches > 1 else 0
     gradients = Program("gradients", gradients_of, (trained, frozen, batch, share), bytes_of(state.opt_state) + reference + summed)
-    update = Program("update", steps.make_update(tx).lower, (state, trained), bytes_of((frozen, batch)) + reference)
+    update = Program("update", steps.make_update(tx, state).lower, (state, trained), bytes_of((frozen, batch)) + reference)
     return [gradients, update], bytes_of((state, frozen, batch)) + reference, work
 
 
