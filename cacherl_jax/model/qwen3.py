@@ -8,7 +8,8 @@ outputs the parity test compares.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -166,6 +167,13 @@ def _map_table(fn: Any, tree: dict[str, Any], prefix: str = "") -> dict[str, Any
 def copy(model: Qwen3) -> Qwen3:
     """The same values in buffers of their own, for a caller that donates them."""
     return jax.tree.map(jnp.copy, model)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def cast(model: Qwen3, dtype: str) -> Qwen3:
+    """The model with weights in `dtype`, where they lie."""
+    tree = jax.tree.map(lambda w: w.astype(dtype), to_dict(model))
+    return Qwen3(replace(model.config, dtype=dtype), tree)
 
 
 # ---- the block -------------------------------------------------------------------------------------------------------

@@ -103,6 +103,7 @@ class Engine:
 
     def __init__(self, model: ModelConfig, config: RolloutConfig, stop_ids: Sequence[int], mesh: Mesh | None = None) -> None:
         self.mesh = mesh if mesh is not None else meshes.one_device()
+        self._model = model
         self.context, self.steps = config.context, config.decode_steps
         self.rows_per_shard, self.shards = config.rows, meshes.local_row_ways(self.mesh)
         self.rows = self.rows_per_shard * self.shards
@@ -118,8 +119,11 @@ class Engine:
 
     @classmethod
     def of_run(cls, config: Config, stop_ids: Sequence[int]) -> Engine:
-        """The engine of a run, on its devices, in the layout for rollouts."""
-        return cls(config.model, config.rollout, stop_ids, meshes.rollout_mesh(meshes.make_mesh(config.mesh), config.rollout.tp))
+        """The engine of a run, on its devices, in the layout for rollouts and the dtype of its matrix products."""
+        model = config.model
+        if config.memory.compute != "weights":
+            model = dataclasses.replace(model, dtype=config.memory.compute)
+        return cls(model, config.rollout, stop_ids, meshes.rollout_mesh(meshes.make_mesh(config.mesh), config.rollout.tp))
 
     def _program(self, body: Callable[..., Any], arguments: str, results: str, donate: int) -> Callable[..., Any]:
         """`body` for the rows of one device, on all of them. m model, c cache, s state, i rows first, r the same everywhere."""
@@ -139,7 +143,9 @@ class Engine:
         return jax.jit(mapped, donate_argnums=donate, out_shardings=out)
 
     def place(self, model: qwen3.Qwen3) -> qwen3.Qwen3:
-        """The weights in the engine's layout: heads, ffn and vocabulary over tp, whole on every shard of rows."""
+        """The weights in the engine's dtype and layout: heads, ffn and vocabulary over tp, whole on every shard of rows."""
+        if model.config.dtype != self._model.dtype:
+            model = qwen3.cast(model, self._model.dtype)
         return jax.device_put(model, qwen3.shardings(model.config, self.mesh))
 
     def init(self) -> EngineState:

@@ -1,7 +1,7 @@
 """A full-size Qwen3-4B with random weights, from transformers and back: the same logits, the same bytes, and the memory it takes.
 
 Command:  python experiments/parity_4b/run.py --work runs/parity_4b
-Cost:     about 10 minutes on two cores, 9 GB of memory, 24 GB of disk below --work; each step that is done is not done again
+Cost:     about 6 CPU-minutes, 13 GB of memory, 24 GB of disk below --work; each step that is done is not done again
 Expect:   every tensor comes back byte for byte; figures in result.json beside this file
 
 Needs torch (pip install torch==2.13.0). Each step runs in a process of its own, whose peak of resident memory is kept:

@@ -9,7 +9,6 @@ import pytest
 
 from cacherl_jax.config import ModelConfig, YarnConfig
 from cacherl_jax.model import hf, qwen3
-from cacherl_jax.model.attention import attend, attend_cache
 
 # Every field off its default, so that one which is never read shows.
 ODD = ModelConfig(
@@ -145,32 +144,3 @@ def test_no_position_sees_a_later_token(model):
     for t in (0, 4, 9):
         moved_V = np.abs(jax.grad(hidden_at)(model.embed_VD[...], t)).sum(axis=1)[:10]
         assert (moved_V[: t + 1] > 0).all() and not moved_V[t + 1 :].any()
-
-
-def test_a_row_reads_its_own_slots_whatever_longer_rows_read():
-    """Attention over the cache goes by blocks up to the furthest row: same bits in any company, values as by `attend`."""
-    rng = np.random.default_rng(0)
-    L, B, K, S, H, T = 2, 3, 2, 700, 8, 300
-    k, v = (jnp.asarray(rng.normal(size=(L, B, K, S, H)), jnp.float32) for _ in range(2))
-    q = jnp.asarray(rng.normal(size=(B, T, 4, H)), jnp.float32)
-    new_k, new_v = (jnp.asarray(rng.normal(size=(B, T, K, H)), jnp.float32) for _ in range(2))
-
-    def read(starts):
-        return attend_cache(q, new_k, new_v, k, v, jnp.int32(1), jnp.asarray(starts))
-
-    def expected(q, new_k, new_v, k, v, starts):
-        """By `attend`, over the cached slots with the new ones behind them."""
-        T = q.shape[1]
-        cached_BTS = jnp.broadcast_to(jnp.arange(S)[None, None] < jnp.asarray(starts)[:, None, None], (len(starts), T, S))
-        mask_BTX = jnp.concatenate([cached_BTS, jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (len(starts), T, T))], axis=2)
-        k, v = (jnp.concatenate([x, new.transpose(0, 2, 1, 3)], axis=2) for x, new in ((k, new_k), (v, new_v)))
-        return attend(q, k, v, mask_BTX)
-
-    for starts in ([5, 254, 690], [5, 600, 0]):
-        found = read(starts)
-        np.testing.assert_allclose(found, expected(q, new_k, new_v, k[1], v[1], starts), atol=2e-6)
-        np.testing.assert_array_equal(found[0], read([5, 0, 0])[0])
-    rows, starts = jnp.array([2, 0]), [301, 21]
-    q, new_k, new_v = q[:2, :1], new_k[:2, :1], new_v[:2, :1]
-    found = attend_cache(q, new_k, new_v, k, v, jnp.int32(0), jnp.asarray(starts), rows)
-    np.testing.assert_allclose(found, expected(q, new_k, new_v, k[0][rows], v[0][rows], starts), atol=2e-6)
