@@ -14,7 +14,7 @@ from cacherl_jax.config import PAPER_CACHE, Config, MeshConfig
 
 def get_config() -> Config:
     run = presets.full(
-        "qwen3_4b_paper", sizes.QWEN3_4B_2507, MeshConfig(), length=48 * 1024, sft_rows=1, grpo_rows=1, rollout_rows=2
+        "qwen3_4b_paper", sizes.QWEN3_4B_2507, MeshConfig(), length=48 * 1024, sft_rows=1, grpo_rows=1, rollout_rows=1
     )
     rollout = replace(run.rollout, max_sampled_tokens=32 * 1024, max_turn_tokens=16 * 1024)
     return presets.lora(replace(run, cache=PAPER_CACHE, rollout=rollout), rank=128, alpha=128.0)
