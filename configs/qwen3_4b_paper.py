@@ -2,7 +2,7 @@
 
 Command:  cacherl demo --config configs/qwen3_4b_paper.py --set weights=weights/qwen3-4b --out runs/qwen3_4b_paper
 Plan:     cacherl plan --config configs/qwen3_4b_paper.py --topology v6e:1x1 --step grpo
-Cost:     one v6e chip, the smallest slice on which it fits; larger ones: --set mesh.fsdp=8
+Cost:     one v6e chip, if `plan` says that it fits there; larger slices: --set mesh.fsdp=8
 Expect:   see experiments/plan/ for memory and bounds on time; no such run has been made yet
 """
 
