@@ -55,7 +55,7 @@ def _compilation_cache() -> str:
     """Where compiled programs are kept between runs."""
     import jax
 
-    return jax.config.values["jax_compilation_cache_dir"] or "none: set JAX_COMPILATION_CACHE_DIR to a folder, and runs start faster"
+    return jax.config.values["jax_compilation_cache_dir"] or "none: JAX_COMPILATION_CACHE_DIR names a folder for them"
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -10,4 +10,4 @@ from cacherl_jax.config import Config, MeshConfig
 
 
 def get_config() -> Config:
-    return presets.full("qwen3_4b_h200", sizes.QWEN3_4B_2507, MeshConfig(), length=8192, sft_rows=2, grpo_rows=2, rollout_rows=16)
+    return presets.full("qwen3_4b_h200", sizes.QWEN3_4B_2507, MeshConfig(), length=8192, sft_rows=2, grpo_rows=2, rollout_rows=32)

@@ -2,7 +2,7 @@
 
 Command:  cacherl demo --config configs/qwen3_4b_paper.py --set weights=weights/qwen3-4b --out runs/qwen3_4b_paper
 Plan:     cacherl plan --config configs/qwen3_4b_paper.py --topology v6e:1x1 --step grpo
-Cost:     one v6e chip, the smallest slice on which it fits; larger ones: --set mesh.fsdp=8
+Cost:     one v6e chip, if `plan` says that it fits there; larger slices: --set mesh.fsdp=8
 Expect:   see experiments/plan/ for memory and bounds on time; no such run has been made yet
 """
 
@@ -14,7 +14,7 @@ from cacherl_jax.config import PAPER_CACHE, Config, MeshConfig
 
 def get_config() -> Config:
     run = presets.full(
-        "qwen3_4b_paper", sizes.QWEN3_4B_2507, MeshConfig(), length=48 * 1024, sft_rows=1, grpo_rows=1, rollout_rows=2
+        "qwen3_4b_paper", sizes.QWEN3_4B_2507, MeshConfig(), length=48 * 1024, sft_rows=1, grpo_rows=1, rollout_rows=1
     )
     rollout = replace(run.rollout, max_sampled_tokens=32 * 1024, max_turn_tokens=16 * 1024)
     return presets.lora(replace(run, cache=PAPER_CACHE, rollout=rollout), rank=128, alpha=128.0)

@@ -13,6 +13,6 @@ from cacherl_jax.config import Config, MeshConfig
 def get_config() -> Config:
     return presets.bfloat16_moments(
         presets.full(
-            "qwen3_4b_v5e_8", sizes.QWEN3_4B_2507, MeshConfig(fsdp=8), length=8192, sft_rows=8, grpo_rows=8, rollout_rows=16
+            "qwen3_4b_v5e_8", sizes.QWEN3_4B_2507, MeshConfig(fsdp=8), length=8192, sft_rows=8, grpo_rows=8, rollout_rows=32
         )
     )

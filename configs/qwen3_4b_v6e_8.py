@@ -12,5 +12,5 @@ from cacherl_jax.config import Config, MeshConfig
 
 def get_config() -> Config:
     return presets.full(
-        "qwen3_4b_v6e_8", sizes.QWEN3_4B_2507, MeshConfig(fsdp=8), length=8192, sft_rows=16, grpo_rows=16, rollout_rows=48
+        "qwen3_4b_v6e_8", sizes.QWEN3_4B_2507, MeshConfig(fsdp=8), length=8192, sft_rows=16, grpo_rows=16, rollout_rows=96
     )

@@ -44,9 +44,13 @@ def mesh_of(config: Config, topology: Topology) -> Mesh:
 
 
 def compile_step(config: Config, topology: Topology, step: str) -> dict[str, Any]:
-    """The figures of one step, bytes a chip. Where the compiler runs out of memory its own figure is the peak."""
+    """The figures of one step, bytes a chip. Where the compiler runs out of memory its own figure is the peak.
+
+    trainer_bytes: what a GRPO run holds beside the engine, and `fits` does not count: an engine may well run alone.
+    """
     limit = int(topology.chip.hbm_gib * GIB)
-    parts, arguments, work = programs.programs(config, step, mesh_of(config, topology))
+    mesh = mesh_of(config, topology)
+    parts, arguments, work = programs.programs(config, step, mesh)
     seconds, measured, found = 0.0, [], []
     for program in parts:
         began = time.perf_counter()
@@ -77,6 +81,7 @@ def compile_step(config: Config, topology: Topology, step: str) -> dict[str, Any
         "temporaries_bytes": worst["temporaries"],
         "peak_bytes": worst["peak"],
         "limit_bytes": limit,
+        "trainer_bytes": programs.training(config, "grpo", mesh)[1] if step in ("prefill", "decode") else 0,
         "peak_of": worst["program"],
         "peaks": {m["program"]: m["peak"] for m in measured},
         "model_flops": work_flops,

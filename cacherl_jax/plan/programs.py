@@ -114,7 +114,7 @@ def training(config: Config, step: str, mesh: Mesh) -> tuple[list[Program], int,
     reference = bytes_of(model) if step == "grpo" and frozen is None else 0
     summed = bytes_of(trained) if work.batches > 1 else 0
     gradients = Program("gradients", gradients_of, (trained, frozen, batch, share), bytes_of(state.opt_state) + reference + summed)
-    update = Program("update", steps.make_update(tx).lower, (state, trained), bytes_of((frozen, batch)) + reference)
+    update = Program("update", steps.make_update(tx, state).lower, (state, trained), bytes_of((frozen, batch)) + reference)
     return [gradients, update], bytes_of((state, frozen, batch)) + reference, work
 
 
@@ -146,7 +146,8 @@ def rollouts(config: Config, step: str, mesh: Mesh) -> tuple[list[Program], int,
     width, rows = next(iter(engine.PREFILLS.items()))
     work = Work(rows * meshes.row_ways(mesh), width) if step == "prefill" else Work(config.rollout.rows * meshes.row_ways(mesh), 1)
     name = f"prefill {width}" if step == "prefill" else "decode"
-    function, arguments = engine_programs(config.model, config.rollout, mesh)[name]
+    model = config.model if config.memory.compute == "weights" else dataclasses.replace(config.model, dtype=config.memory.compute)
+    function, arguments = engine_programs(model, config.rollout, mesh)[name]
     return [Program(step, function.lower, arguments)], bytes_of(arguments), work
 
 

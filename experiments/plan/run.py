@@ -76,16 +76,17 @@ def gib(n: int | None) -> str:
 
 def launch_table() -> list[str]:
     lines = [
-        "| config | slice | step | batch | arguments | temporaries | peak | limit | fits | TFLOP | s from FLOPs | s from bytes |"
+        "| config | slice | step | batch | arguments | temporaries | peak | trainer | limit | fits | TFLOP | s, FLOPs | s, bytes |"
     ]
-    lines.append("|---" * 12 + "|")
+    lines.append("|---" * 13 + "|")
     for config, topology in LAUNCH.items():
         for step in STEPS:
             path = RESULTS / f"{config}_{step}.json"
             if path.is_file():
                 r = json.loads(path.read_text())
                 cells = [config, topology, step, f"{r['rows']} x {r['length']:,}", gib(r["arguments_bytes"])]
-                cells += [gib(r["temporaries_bytes"]), gib(r["peak_bytes"]), gib(r["limit_bytes"]), "yes" if r["fits"] else "no"]
+                cells += [gib(r["temporaries_bytes"]), gib(r["peak_bytes"]), gib(r["trainer_bytes"]), gib(r["limit_bytes"])]
+                cells.append("yes" if r["fits"] and r["peak_bytes"] + r["trainer_bytes"] <= r["limit_bytes"] else "no")
                 cells += [f"{r['model_flops'] / 1e12:,.1f}", f"{r['flops_seconds']:.3g}", f"{r['hbm_seconds']:.3g}"]
                 lines.append("| " + " | ".join(cells) + " |")
     return lines
