@@ -28,7 +28,7 @@ def full(
         name=name,
         model=model,
         mesh=mesh,
-        memory=MemoryConfig(compute="bfloat16", remat="full", logit_chunk=1024),  # float32 logits of 4,096 tokens are 2.3 GiB
+        memory=MemoryConfig(compute="bfloat16", remat="full", logit_chunk=512),  # float32 logits of 4,096 tokens are 2.3 GiB
         sft=SftConfig(steps=500, tokens_per_batch=sft_rows * length, packed_length=length, optimizer=ADAMW),
         grpo=GrpoConfig(
             steps=100,
