@@ -20,17 +20,24 @@ MASK_BT = jnp.asarray(RNG.random((B, T)) < 0.5, jnp.float32).at[:, 0].set(0.0)
 def test_token_logprobs_equal_full_softmax_in_any_chunk(chunk):
     logits_BTV = np.einsum("BTD,VD->BTV", HIDDEN_BTD, UNEMBED_VD).astype(np.float64)
     all_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
-    logprobs_BT, entropy_BT = token_logprobs(HIDDEN_BTD, UNEMBED_VD, TOKENS_BT, chunk=chunk)
+    logprobs_BT, entropy_BT = token_logprobs(HIDDEN_BTD, UNEMBED_VD, TOKENS_BT, chunk=chunk, entropy=True)
     for b in range(B):
         for t in range(1, T):
             assert logprobs_BT[b, t] == pytest.approx(all_BTV[b, t - 1, TOKENS_BT[b, t]], abs=1e-5)
             assert entropy_BT[b, t] == pytest.approx(-(np.exp(all_BTV[b, t - 1]) * all_BTV[b, t - 1]).sum(), abs=1e-4)
     assert not logprobs_BT[:, 0].any() and not entropy_BT[:, 0].any()
 
-    def loss(hidden_BTD, chunk):
-        return token_logprobs(hidden_BTD, UNEMBED_VD, TOKENS_BT, chunk=chunk)[0].sum()
+    def ours(hidden_BTD, unembed_VD):
+        return token_logprobs(hidden_BTD, unembed_VD, TOKENS_BT, chunk=chunk)[0].sum()
 
-    np.testing.assert_allclose(jax.grad(loss)(HIDDEN_BTD, chunk), jax.grad(loss)(HIDDEN_BTD, 1000), atol=1e-5)
+    def full(hidden_BTD, unembed_VD):
+        all_BTV = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", hidden_BTD, unembed_VD)[:, :-1])
+        return jnp.take_along_axis(all_BTV, TOKENS_BT[:, 1:, None], axis=-1).sum()
+
+    expected = jax.grad(full, argnums=(0, 1))(HIDDEN_BTD, UNEMBED_VD)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.grad(ours, argnums=(0, 1))(HIDDEN_BTD, UNEMBED_VD), expected
+    )
 
 
 def arrays():
