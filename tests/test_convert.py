@@ -331,7 +331,7 @@ def test_a_finished_stage_is_exported_with_its_tokenizer(tmp_path, capsys):
     model = qwen3.init(config, jax.random.key(3))
     with checkpoint.Checkpoints(stage / "checkpoints", latest=1) as saved:
         saved.save(7, TrainState.create(model, make_optimizer(OptimizerConfig(), 10)))
-    settings = {"model": json.loads(json.dumps(config.__dict__ | {"vocab_size": 0}))}  # a run takes it from the tokenizer
+    settings = {"model": dataclasses.asdict(config) | {"vocab_size": 0}}  # a run takes it from the tokenizer
     (stage / "settings.json").write_text(json.dumps(settings))
     status, _, err = convert(capsys, "--from", stage, "--to-hf", tmp_path / "hf")
     assert status == 2 and "sft is a stage that has not finished" in err
