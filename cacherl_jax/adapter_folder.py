@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cacherl_jax import checkpoint, processes
+from cacherl_jax import mesh as meshes
 from cacherl_jax.config import Config, ConfigError, LoraConfig, ModelConfig
 from cacherl_jax.model import lora, qwen3
 from cacherl_jax.train import step as steps
@@ -86,25 +88,29 @@ def export(stage: Path, target: Path, mesh: Mesh, dtype: str | None) -> dict[str
 
     save_file(lora.peft_tensors(adapter), target / "adapter_model.safetensors", metadata={"format": "pt"})
     (target / "adapter_config.json").write_text(json.dumps(lora.peft_config(adapter, name), indent=2) + "\n")
-    measured = {"base": name, "dtype": model.dtype} | merging_kl(lora.attach(base, adapter), described["rows"])
+    measured = {"base": name, "dtype": model.dtype} | merging_kl(lora.attach(base, adapter), described["rows"], mesh)
     (target / "merge.json").write_text(json.dumps(measured, indent=2) + "\n")
     return measured
 
 
-def merging_kl(model: qwen3.Qwen3, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """KL(base and adapter apart, merged) of the next token, in nats: mean and largest over the tokens of `rows`.
+def merging_kl(model: qwen3.Qwen3, rows: Sequence[Sequence[int]], mesh: Mesh) -> dict[str, Any]:
+    """KL(base and adapter apart, merged) of the next token, in nats: mean and largest over the tokens of `rows`, by the
+    devices of `mesh`, where the model lies.
 
     Both are computed in float32: they differ by the rounding of merged weights alone. The base's matrices are given away:
     the two models are never held at once.
     """
     width = max(map(len, rows))
+    rows = [*rows, *[[]] * (-len(rows) % meshes.row_ways(mesh))]
     tokens_BT = jnp.array([[*row, *[0] * (width - len(row))] for row in rows], jnp.int32)
     kept_BT = np.array([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+
+    forward = jax.jit(partial(qwen3.forward, execution=qwen3.Execution(mesh)))
 
     def hidden(model: qwen3.Qwen3) -> np.ndarray:
         exact = qwen3.from_dict(dataclasses.replace(model.config, dtype="float32"), qwen3.to_dict(model))
         exact = exact if model.adapter is None else lora.attach(exact, model.adapter)
-        return np.asarray(jax.jit(qwen3.forward)(exact, tokens_BT, jnp.array(kept_BT, jnp.int32)))[kept_BT]
+        return np.asarray(forward(exact, tokens_BT, jnp.array(kept_BT, jnp.int32)))[kept_BT]
 
     apart_ND = hidden(model)
     merged = lora.merge(model, donate=True)

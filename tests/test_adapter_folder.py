@@ -110,7 +110,7 @@ def test_merging_kl_is_that_of_the_two_distributions():
             logits_TV = np.asarray(qwen3.logits(whole, hidden_BTD)[0], np.float64)
             logprobs.append(logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True)))
         kl += (np.exp(logprobs[0]) * (logprobs[0] - logprobs[1])).sum(-1).tolist()
-    found = adapter_folder.merging_kl(lora.attach(half, adapter), rows)
+    found = adapter_folder.merging_kl(lora.attach(half, adapter), rows, mesh.one_device())
     assert found["tokens"] == 10 and min(kl) > 0
     assert found["kl_mean"] == pytest.approx(np.mean(kl), rel=5e-2) and found["kl_max"] == pytest.approx(max(kl), rel=5e-2)
 
