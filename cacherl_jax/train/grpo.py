@@ -199,6 +199,7 @@ def train(
             batches = batches_of(chosen)
             gradients, values, logprobs = steps.accumulate(gradients_of, state.model, frozen, [batch for batch, _ in batches])
             state, norm = update(state, gradients)
+            del gradients  # or they would lie beside the next update's
             parts.append({k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)})
             olds = [row.old_logprobs_T for row in chosen]
             trainer += [x for x in olds if x is not None] or _by_row(chosen, batches, logprobs)

@@ -87,6 +87,7 @@ def train(
                     placed = [mesh.place(batch, devices) for batch in chosen]
                     gradients, values, _ = steps.accumulate(gradients_of, state.model, frozen, placed)
                     state, norm = update(state, gradients)
+                    del gradients  # or they would lie beside the next update's
                     done += 1
                     rate.add(tokens)
                     if done % 10 == 0 or done == sft.steps:

@@ -172,6 +172,7 @@ def accumulate(
     for batch, count in zip(batches, tokens, strict=True):
         gradients, metrics, logprobs_BT = gradients_of(trained, frozen, batch, jnp.float32(count / sum(tokens)))
         total = (gradients, metrics) if total is None else _add(total, (gradients, metrics))
+        del gradients  # or they would lie beside the next batch's
         logprobs.append(logprobs_BT)
     assert total is not None
     return total[0], total[1], logprobs

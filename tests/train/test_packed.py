@@ -67,6 +67,17 @@ def test_a_segments_first_token_has_exactly_no_gradient(model, kind):
         steps.accumulate(KINDS[kind], model, None, [batch])
 
 
+def test_accumulation_holds_one_sum_beside_the_gradients_being_made(model):
+    batch, alive = jax.tree.map(jnp.asarray, collate(ROWS[1:2], 64, 1)), []
+
+    def gradients_of(*arguments):
+        alive.append(sum(x.nbytes for x in jax.live_arrays() if x.shape == model.embed_VD.shape))
+        return steps.sft_gradients(*arguments)
+
+    steps.accumulate(gradients_of, model, None, [batch] * 4)
+    assert alive[0] + model.embed_VD.nbytes == alive[1] == alive[2] == alive[3]
+
+
 @pytest.mark.parametrize(("packed_length", "programs"), [(0, 3), (192, 1)])
 def test_a_run_over_ragged_lengths_compiles_a_program_a_bucket_or_one_where_it_packs(tmp_path, packed_length, programs):
     """Lengths of 2 to 128: buckets of 64, 96 and 128."""
