@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cacherl_jax.types import Task, ToolSpec
 
 # What decides the tokens. Slots do not: rows in use change nothing.
-_PARTS = ("inputs", "seed", "model", "mesh", "cache", "tokenizer") + tuple(
+_PARTS = ("inputs", "seed", "model", "mesh", "memory.compute", "cache", "tokenizer") + tuple(
     f"rollout.{field.name}" for field in dataclasses.fields(RolloutConfig) if field.name != "slots"
 )
 

@@ -62,7 +62,8 @@ POLICIES = ("sft", "expert_sft", "grpo")
 # The configuration that each stage depends on.
 RECORD = ("seed", "data", "cache")
 THINK = (*RECORD, "tokenizer", "weights")
-GRPO = (*THINK, "model", "mesh", "sft", "rollout", "grpo")
+MODEL = ("model", "mesh", "memory.compute")  # the rest of memory changes rounding at most
+GRPO = (*THINK, *MODEL, "sft", "rollout", "grpo")
 
 EVAL_SAMPLE = 0
 
@@ -180,7 +181,7 @@ def _supervised(run: RunDirectory, stage: str, agent: str | None, progress: metr
         sft.train(config, rows, folder, progress=progress)
         return {"rows": len(rows), "too_long": too_long, "tokens": int(sum(len(r.tokens_T) for r in rows))}
 
-    return run.run(stage, (*THINK, "model", "mesh", "sft", "rollout.context", "rollout.max_tool_tokens"), body)
+    return run.run(stage, (*THINK, *MODEL, "sft", "rollout.context", "rollout.max_tool_tokens"), body)
 
 
 # ---- grpo ------------------------------------------------------------------------------------------------------------
