@@ -250,7 +250,7 @@ def train(
                     )
                     bar.update(1)
         except interrupts.Interrupted:
-            saved.save(done, state)
+            saved.save(done, state, validated.get(done))
             raise
     model = model_of(state)
     if frozen is not None:
