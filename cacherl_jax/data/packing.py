@@ -55,6 +55,7 @@ class PackedBatches:
         if not rows:
             raise ValueError("no rows to train on: every transcript was filtered out or the file is empty")
         self._rows, self._length, self._seed = rows, length, seed
+        self.lengths = (length,)
         self._lengths_N = np.array([len(r.tokens_T) for r in rows], int)
         self._count = rows_per_batch(length, tokens_per_batch, ways)
         self._packs = pack(-np.sort(-self._lengths_N), length)  # of ranks: 0 is the longest row

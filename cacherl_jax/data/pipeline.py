@@ -120,6 +120,7 @@ class EpochBatches:
         self._index_N = assign_buckets(lengths_N, self._buckets)
         self._counts = [rows_per_batch(length, tokens_per_batch, ways) for length in self._buckets]
         members = np.bincount(self._index_N, minlength=len(self._buckets))
+        self.lengths = tuple(length for length, m in zip(self._buckets, members, strict=True) if m)  # of the batches' rows
         self.batches_per_epoch = int(sum(-(-m // c) for m, c in zip(members, self._counts, strict=True)))
         self._epoch, self._plan = -1, []
 

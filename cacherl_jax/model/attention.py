@@ -4,6 +4,7 @@ cache by blocks."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from cacherl_jax import mesh as meshes
+from cacherl_jax.config import ConfigError
 
 # Large and finite: a fully masked row (padding) gives a uniform softmax, not NaN.
 MASKED = -1e30
@@ -75,18 +77,29 @@ def attend(
 def platform_default(mesh: Mesh | None, tokens: int, dtype: Any) -> Implementation:
     """Splash on TPUs, cuDNN for 16-bit heads on GPUs, else the reference; also for rows too short for splash's blocks.
 
-    Raises ValueError for a long row that splash cannot split.
+    Raises ConfigError for rows that do not divide over the devices of a row, and for long ones that splash cannot split.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    seq = 1 if mesh is None else mesh.shape["seq"]
+    if tokens % seq:
+        raise ConfigError(f"rows of {tokens} tokens do not divide over seq = {seq} devices; see packed_length and mesh.seq")
     if platform == "tpu":
-        own = tokens // (1 if mesh is None else mesh.shape["seq"])
+        own = tokens // seq
         if own % LANES == 0:
             return "splash"
         if tokens > SHORT:
-            raise ValueError(f"rows of {tokens} tokens, {own} a device: on TPUs it must be a multiple of {LANES}")
+            raise ConfigError(
+                f"rows of {tokens} tokens, {own} a device: on TPUs it must be a multiple of {LANES}; see packed_length and mesh.seq"
+            )
     elif platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
         return "cudnn"
     return "reference"
+
+
+def refuse_lengths(lengths: Iterable[int], mesh: Mesh, dtype: Any) -> None:
+    """Raises ConfigError for a length of rows that cannot be split: before a run comes to them."""
+    for tokens in lengths:
+        platform_default(mesh, tokens, dtype)
 
 
 def _mask(segments_BT: jax.Array, segments_BS: jax.Array, first: jax.Array | int) -> jax.Array:

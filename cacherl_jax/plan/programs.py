@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec as P
 
 from cacherl_jax import mesh as meshes
 from cacherl_jax.checkpoint import abstract_model, abstract_state
-from cacherl_jax.config import Config, ConfigError, LoraConfig, ModelConfig, RolloutConfig
+from cacherl_jax.config import Config, LoraConfig, ModelConfig, RolloutConfig
 from cacherl_jax.data.pipeline import bucket_lengths, rows_per_batch
-from cacherl_jax.model import lora, qwen3
+from cacherl_jax.model import attention, lora, qwen3
 from cacherl_jax.rollout import engine
 from cacherl_jax.train import step as steps
 from cacherl_jax.train.optimizer import make_optimizer
@@ -66,10 +66,10 @@ def placed(shapes: Any, shardings: Any) -> Any:
 def training_work(config: Config, step: str, mesh: Mesh) -> Work:
     """A batch at the longest length that the run compiles. GRPO: as many as there are if every episode fills its row."""
     part = config.sft if step == "sft" else config.grpo
-    length = part.packed_length or bucket_lengths(config.rollout.context)[-1]
+    lengths = (part.packed_length,) if part.packed_length else bucket_lengths(config.rollout.context)
+    attention.refuse_lengths(lengths, mesh, qwen3.Execution(mesh, config.memory).dtype(config.model))
+    length = lengths[-1]
     rows = rows_per_batch(length, part.tokens_per_batch, meshes.row_ways(mesh))
-    if length % mesh.shape["seq"]:
-        raise ConfigError(f"rows of {length} tokens do not divide over seq = {mesh.shape['seq']} devices")
     if step == "sft":
         return Work(rows, length, config.sft.accumulate)
     episodes = -(-config.grpo.prompts * config.grpo.group // config.grpo.minibatches)

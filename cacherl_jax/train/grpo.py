@@ -21,7 +21,7 @@ from cacherl_jax import adapter_folder, checkpoint, interrupts, mesh, metrics, p
 from cacherl_jax.config import Config
 from cacherl_jax.data.packing import packed
 from cacherl_jax.data.pipeline import Packs, Row, bucket_lengths, bucketed, taken_apart
-from cacherl_jax.model import lora, qwen3
+from cacherl_jax.model import attention, lora, qwen3
 from cacherl_jax.reward import answer, process, tier
 from cacherl_jax.rollout import runner, stream
 from cacherl_jax.rollout.engine import Engine
@@ -144,6 +144,8 @@ def train(
     buckets = bucket_lengths(config.rollout.context)
     engine = Engine.of_run(config, tok.stop_ids)
     execution = qwen3.Execution(devices, config.memory)
+    lengths = (grpo.packed_length,) if grpo.packed_length else buckets
+    attention.refuse_lengths(lengths, devices, execution.dtype(reference.config))
     gradients_of = partial(
         steps.grpo_gradients, clip_low=grpo.clip_low, clip_high=grpo.clip_high, kl_coef=grpo.kl_coef,
         importance_cap=grpo.importance_cap, execution=execution,

@@ -16,7 +16,7 @@ from cacherl_jax import adapter_folder, checkpoint, interrupts, mesh, metrics, p
 from cacherl_jax.config import Config
 from cacherl_jax.data.packing import PackedBatches
 from cacherl_jax.data.pipeline import EpochBatches, Row
-from cacherl_jax.model import lora, qwen3
+from cacherl_jax.model import attention, lora, qwen3
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import Tokenizer
 from cacherl_jax.train import step as steps
@@ -63,6 +63,8 @@ def train(
         weights = adapter_folder.abstract_adapter(config.model, sft.lora, devices)
     like = checkpoint.abstract_state(weights, tx, devices)
     batches = _batches(config, rows, mesh.row_ways(devices))
+    execution = qwen3.Execution(devices, config.memory)
+    attention.refuse_lengths(batches.lengths, devices, execution.dtype(config.model))
     processes.refuse_differences({"rows": _digest(rows)})
     with interrupts.held(), checkpoint.Checkpoints(adapter_folder.checkpoints(directory, sft.lora)) as saved:
         frozen = _first_model(config, devices) if adapted else None
@@ -74,7 +76,7 @@ def train(
 
         done, state = saved.restore(like) or (0, checkpoint.new_state(first(), tx, devices))
         update = steps.make_update(tx, like)
-        gradients_of = partial(steps.sft_gradients, execution=qwen3.Execution(devices, config.memory))
+        gradients_of = partial(steps.sft_gradients, execution=execution)
         log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done, writes=processes.is_first())
         rate = metrics.Rate()
         try:
