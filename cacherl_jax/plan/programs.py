@@ -146,8 +146,7 @@ def rollouts(config: Config, step: str, mesh: Mesh) -> tuple[list[Program], int,
     width, rows = next(iter(engine.PREFILLS.items()))
     work = Work(rows * meshes.row_ways(mesh), width) if step == "prefill" else Work(config.rollout.rows * meshes.row_ways(mesh), 1)
     name = f"prefill {width}" if step == "prefill" else "decode"
-    model = config.model if config.memory.compute == "weights" else dataclasses.replace(config.model, dtype=config.memory.compute)
-    function, arguments = engine_programs(model, config.rollout, mesh)[name]
+    function, arguments = engine_programs(config.rollout_model, config.rollout, mesh)[name]
     return [Program(step, function.lower, arguments)], bytes_of(arguments), work
 
 
