@@ -30,6 +30,8 @@ def start() -> None:
         if text and not text.isdecimal():
             raise ConfigError(f"{name}={text!r} is no number")
         numbers[name] = int(text) if text else None
+    # It would take SIGTERM for itself: what stops a run is `check`.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(num_processes=numbers[COUNT], process_id=numbers[INDEX])
     except (ValueError, RuntimeError) as error:
