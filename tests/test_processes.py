@@ -88,7 +88,8 @@ def test_two_processes_train_as_one_and_survive_what_happens_to_one_of_them(prep
     (status, out, err), (other, silent, _) = ended(start(both, "sft", 2, devices=2))
     assert (status, other, silent) == (0, 0, "") and json.loads(out)["sft"]["rows"] == 30, err[-3000:]
     (one,), (two,) = losses(alone, "sft"), losses(both, "sft")
-    assert one == two
+    # Gloo adds the devices' parts of the loss in another order.
+    assert one.pop("loss") == pytest.approx(two.pop("loss"), rel=1e-6) and one == two
 
 
 def test_processes_that_were_not_started_alike_are_refused(tmp_path):
