@@ -79,20 +79,21 @@ def gather(value: Any) -> list[Any]:
 
 def refuse_differences(values: Mapping[str, Any]) -> None:
     """Raises ConfigError, in every process, naming what is not the same in all. Values are JSON, objects may be nested."""
-    flat = [_flat(v) for v in gather(values)]
-    for index, other in enumerate(flat):
-        for name in sorted(flat[0].keys() | other.keys()):
-            if flat[0].get(name) != other.get(name):
+    found = [flat(v) for v in gather(values)]
+    for index, other in enumerate(found):
+        for name in sorted(found[0].keys() | other.keys()):
+            if found[0].get(name) != other.get(name):
                 raise ConfigError(
-                    f"the processes were not started alike: {name} is {flat[0].get(name)!r} in process 0, "
+                    f"the processes were not started alike: {name} is {found[0].get(name)!r} in process 0, "
                     f"{other.get(name)!r} in process {index}"
                 )
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """The values inside nested objects by their path: {"a.b": 1}."""
     if not isinstance(value, dict):
         return {path: value}
-    return {k: v for name, child in value.items() for k, v in _flat(child, f"{path}.{name}" if path else name).items()}
+    return {k: v for name, child in value.items() for k, v in flat(child, f"{path}.{name}" if path else name).items()}
 
 
 def whole(x: jax.Array) -> np.ndarray:

@@ -64,7 +64,7 @@ class RunDirectory:
         saved = json.loads(path.read_text())
         current = self._part(saved)
         if current != saved:
-            then, now = _flat(saved), _flat(current)
+            then, now = processes.flat(saved), processes.flat(current)
             changed = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in now if then.get(k) != now[k]]
             raise ConfigError(
                 f"{self.out / stage} was made with other settings ({'; '.join(changed)}). "
@@ -145,9 +145,3 @@ class RunDirectory:
             if processes.is_first():
                 with (self.out / "cpu.jsonl").open("a") as f:
                     f.write(json.dumps({"stage": stage, "cpu_seconds": round(time.process_time() - start, 2)}) + "\n")
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {path: value}
-    return {k: v for name, child in value.items() for k, v in _flat(child, f"{path}.{name}" if path else name).items()}

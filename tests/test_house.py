@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan.topology": FIRST,
     "plan.hlo": set(),
     "plan.flops": FIRST,
-    "plan": THIRD | {"rollout", "train", "checkpoint"},
+    "plan": THIRD | {"rollout", "train", "checkpoint", "adapter_folder"},
     "plan_verb": FIRST | {"plan.topology"},
     "doctor_verb": FIRST,
     "convert_verb": FIRST | {"metrics", "text", "model", "model_folder", "adapter_folder"},

@@ -20,10 +20,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cacherl_jax import mesh as meshes
+from cacherl_jax.adapter_folder import abstract_adapter
 from cacherl_jax.checkpoint import abstract_model, abstract_state
-from cacherl_jax.config import Config, LoraConfig, ModelConfig, RolloutConfig
+from cacherl_jax.config import Config, ModelConfig, RolloutConfig
 from cacherl_jax.data.pipeline import bucket_lengths, rows_per_batch
-from cacherl_jax.model import attention, lora, qwen3
+from cacherl_jax.model import attention, qwen3
 from cacherl_jax.rollout import engine
 from cacherl_jax.train import step as steps
 from cacherl_jax.train.optimizer import make_optimizer
@@ -88,17 +89,13 @@ def batch_of(work: Work, mesh: Mesh, *, old: bool) -> Batch:
     return Batch(**{f.name: field(f.name) for f in dataclasses.fields(Batch)})
 
 
-def adapter_of(model: ModelConfig, config: LoraConfig, mesh: Mesh) -> lora.Adapter:
-    return placed(jax.eval_shape(lambda: lora.init(model, config, jax.random.key(0))), lora.shardings(model, config, mesh))
-
-
 def training(config: Config, step: str, mesh: Mesh) -> tuple[list[Program], int, Work]:
     """The step's programs, the bytes a chip that lie in HBM when it begins, and the work."""
     work = training_work(config, step, mesh)
     part = config.sft if step == "sft" else config.grpo
     tx = make_optimizer(part.optimizer, part.steps)
     model = abstract_model(config.model, mesh)
-    trained, frozen = (adapter_of(config.model, part.lora, mesh), model) if part.lora.rank else (model, None)
+    trained, frozen = (abstract_adapter(config.model, part.lora, mesh), model) if part.lora.rank else (model, None)
     state = abstract_state(trained, tx, mesh)
     batch = batch_of(work, mesh, old=step == "grpo" and config.grpo.minibatches > 1)
     share = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))

@@ -31,10 +31,9 @@ def token_logprobs(
     """Logprob in nats of each token given those before it and, if asked, the entropy of that prediction; [B, T] float32.
 
     Entry t belongs to token t and is computed from hidden state t-1; entry 0 of each row is 0, and that of a later segment's
-    first token means nothing (`predicted`). Logits exist for about
-    `chunk` positions of a device at a time; those of several chunks are computed again in the backward pass, so that
-    [B, T, V] is never built.
-    On a mesh each device takes its own positions, against the vocabulary of its tp group.
+    first token means nothing (`predicted`). Logits exist for about `chunk` positions of a device at a time; those of several
+    chunks are computed again in the backward pass, so that [B, T, V] is never built. On a mesh each device takes its own
+    positions, against the vocabulary of its tp group.
     """
     next_BT = jnp.roll(tokens_BT, -1, axis=1)  # the last entry of a row is dropped below
     of_chunks = partial(_next_logprobs, chunk=chunk, entropy=entropy, summed=unembed_VD.dtype)
