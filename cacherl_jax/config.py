@@ -281,6 +281,12 @@ class GrpoConfig:
     checkpoint_every: Positive = 5
     validate_every: Positive = 5
 
+    def __post_init__(self) -> None:
+        _require(
+            self.minibatches <= self.prompts * self.group,
+            f"grpo.minibatches={self.minibatches} is above grpo.prompts x grpo.group = {self.prompts * self.group} episodes",
+        )
+
 
 @dataclass(frozen=True)
 class EvalConfig:

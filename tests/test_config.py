@@ -31,6 +31,7 @@ def test_json_round_trip_keeps_every_field():
         ("model.num_kv_heads=3", "num_heads=4 is not a multiple"),
         ("data.source=sgd", "data.path is empty"),
         ("rollout.max_sampled_tokens=7", "max_sampled_tokens=7 opens no turn at all: one needs room for 8 tokens"),
+        ("grpo.minibatches=129", "minibatches=129 is above grpo.prompts x grpo.group = 128"),
         ("grpo.packed_length=128", "packed_length=128 is below rollout.context=256"),
     ],
 )
