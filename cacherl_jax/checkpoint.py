@@ -20,11 +20,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from cacherl_jax.config import ModelConfig
 from cacherl_jax.model import qwen3
+from cacherl_jax.model_folder import FILE_BYTES, save_args
 from cacherl_jax.train.step import TrainState
-
-# On disk: what is compressed at once, and after how much a file is closed. A layer lies in chunks of its own, so that it can
-# be read alone, whatever mesh wrote it.
-CHUNK_BYTES, FILE_BYTES = 8 * 2**20, 32 * 2**20
 
 
 class Checkpoints:
@@ -88,15 +85,6 @@ def restore_model(directory: Path, like: qwen3.Qwen3) -> qwen3.Qwen3:
             raise FileNotFoundError(f"no checkpoint in {directory}")
         tree = manager.restore(step, args=_restore_args({"model": _to_dict(like)}, partial=True))
         return _from_dict(like, tree["model"])
-
-
-def save_args(tree: dict[str, Any]) -> Any:
-    """How orbax lays out a tree with "model", a model as a nested dict."""
-    args: Any = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    if "layers" in tree["model"]:  # an adapter has none
-        by_layer = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,))
-        args["model"]["layers"] = jax.tree.map(lambda _: by_layer, tree["model"]["layers"])
-    return args
 
 
 # ---- shapes instead of arrays ----------------------------------------------------------------------------------------

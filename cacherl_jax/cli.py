@@ -57,7 +57,7 @@ def _run_errors() -> tuple[type[Exception], ...]:
     from cacherl_jax.cache.store import StoreError
     from cacherl_jax.versions import MissingExtra
 
-    return (StoreError, MissingExtra, FileNotFoundError)
+    return (StoreError, MissingExtra, FileNotFoundError, plan_verb.CompilerError)
 
 
 def _parser() -> argparse.ArgumentParser:

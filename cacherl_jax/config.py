@@ -264,7 +264,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class GrpoConfig:
-    steps: Count = 20
+    steps: Positive = 20
     prompts: Positive = 8
     group: Positive = 16
     advantage: Literal["paper", "calibrated"] = "calibrated"

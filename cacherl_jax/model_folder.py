@@ -26,6 +26,7 @@ from cacherl_jax.config import Config, ConfigError, ModelConfig
 from cacherl_jax.model import qwen3
 
 # On disk: what is compressed at once, and after how much a file is closed. Both are held in memory while they are written.
+# A layer lies in chunks of its own, so that it can be read alone, whatever mesh wrote it.
 CHUNK_BYTES, FILE_BYTES = 8 * 2**20, 32 * 2**20
 
 
@@ -34,13 +35,19 @@ def write(folder: Path, model: qwen3.Qwen3) -> None:
     tree = {"model": qwen3.to_dict(model)}
     room = 1 + max(x.nbytes for x in jax.tree.leaves(tree))  # orbax wants more than the largest
     handler = ocp.PyTreeCheckpointHandler(handler_impl=ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=room))
-    chunks: Any = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    by_layer = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,))  # so that a layer can be read alone
-    chunks["model"]["layers"] = jax.tree.map(lambda _: by_layer, tree["model"]["layers"])
     with ocp.CheckpointManager((folder / "checkpoints").resolve(), item_handlers=handler) as manager:
-        manager.save(0, args=ocp.args.PyTreeSave(tree, save_args=chunks, ocdbt_target_data_file_size=FILE_BYTES))
+        manager.save(0, args=ocp.args.PyTreeSave(tree, save_args=save_args(tree), ocdbt_target_data_file_size=FILE_BYTES))
         manager.wait_until_finished()
     (folder / "model.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=1) + "\n")
+
+
+def save_args(tree: dict[str, Any]) -> Any:
+    """How orbax lays out a tree with "model", a model as a nested dict."""
+    args: Any = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    if "layers" in tree["model"]:  # an adapter has none
+        by_layer = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,))
+        args["model"]["layers"] = jax.tree.map(lambda _: by_layer, tree["model"]["layers"])
+    return args
 
 
 def is_converted(folder: Path) -> bool:

@@ -29,6 +29,10 @@ ENVIRONMENT = {
 }
 
 
+class CompilerError(RuntimeError):
+    """The compiler's process died for another reason than memory on the chip."""
+
+
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--topology", required=True, metavar="NAME", help="the slice, such as v5e:2x4, or v5e:4x4@2 for two of them")
     verb.add_argument("--step", choices=STEPS, default="sft", help="what is compiled (default sft)")
@@ -53,7 +57,7 @@ def plan(args: argparse.Namespace, config: Config) -> dict[str, Any]:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """What plan/measure.py says of a job. Raises RuntimeError with the end of its messages when it dies."""
+    """What plan/measure.py says of a job. Raises CompilerError with the end of its messages when it dies."""
     root = str(Path(__file__).parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -64,7 +68,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
     )
     if done.returncode:
-        raise RuntimeError(f"the compiler ended with status {done.returncode}:\n{done.stderr[-3000:]}")
+        raise CompilerError(f"the compiler ended with status {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -58,10 +58,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": THIRD | {"rollout", "reward"},
     "train.losses": FIRST | {"mesh"},  # no model: hidden states come as arrays
     "train.step": FIRST | {"mesh", "model", "train.losses"},
-    "checkpoint": FIRST | {"mesh", "model", "train.step"},
+    "model_folder": FIRST | {"mesh", "model"},
+    "checkpoint": FIRST | {"mesh", "model", "train.step", "model_folder"},
     "adapter_folder": FIRST | {"mesh", "model", "processes", "train.step", "checkpoint"},
     "train": THIRD | {"rollout", "reward", "evaluate", "checkpoint", "adapter_folder"},
-    "model_folder": FIRST | {"mesh", "model"},
     "run_directory": FIRST | {"processes"},
     "stage_inputs": THIRD | {"checkpoint", "model_folder", "run_directory"},
     "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "train", "run_directory", "stage_inputs"},

@@ -38,7 +38,8 @@ def attend(
 
     A token reads those of its own segment up to itself. On a mesh each device computes its rows, heads and queries; keys
     and values are gathered along the row. By default the implementation is that of the platform (`platform_default`); all
-    mean the same: splash attention (jax.experimental.pallas) and cuDNN never hold T x T scores, the reference does.
+    mean the same: splash attention (jax.experimental.pallas) holds nothing of T x T, cuDNN the mask alone, which its interface
+    wants, the reference the scores of all heads.
     """
     implementation = implementation or platform_default(mesh, q_BTNH.shape[1], q_BTNH.dtype)
     seq, tp = (1, 1) if mesh is None else (mesh.shape["seq"], mesh.shape["tp"])

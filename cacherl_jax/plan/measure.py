@@ -66,7 +66,8 @@ def compile_step(config: Config, topology: Topology, step: str) -> dict[str, Any
             made = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
             peak = memory.peak_memory_in_bytes + program.resident
             measured.append({"program": program.name, "peak": peak, "temporaries": made})
-            found += [{"program": program.name, **c} for c in hlo.to_json(hlo.collectives(compiled.as_text()))]
+            if program.trains:
+                found += [{"program": program.name, **c} for c in hlo.to_json(hlo.collectives(compiled.as_text()))]
         seconds += time.perf_counter() - began
     worst = max(measured, key=lambda m: m["peak"])
     work_flops = model_flops(config, step, work)
@@ -81,12 +82,11 @@ def compile_step(config: Config, topology: Topology, step: str) -> dict[str, Any
         "temporaries_bytes": worst["temporaries"],
         "peak_bytes": worst["peak"],
         "limit_bytes": limit,
-        "trainer_bytes": programs.training(config, "grpo", mesh)[1] if step in ("prefill", "decode") else 0,
         "peak_of": worst["program"],
         "peaks": {m["program"]: m["peak"] for m in measured},
         "model_flops": work_flops,
         "flops_seconds": work_flops / topology.chips / topology.chip.flops,
-        "hbm_seconds": hbm_traffic(config, step, arguments) / topology.chip.hbm_bytes,
+        "hbm_seconds": hbm_traffic(config, parts, work) / topology.chip.hbm_bytes,
         "collectives_seconds": sum(c["bytes"] * c["times"] for c in found) / topology.chip.ici_bytes,
         "compile_seconds": round(seconds, 1),
         "collectives": found,
@@ -113,10 +113,11 @@ def model_flops(config: Config, step: str, work: programs.Work) -> int:
     return flops.gradients(c, work.rows, work.length, (config.sft if step == "sft" else config.grpo).lora)
 
 
-def hbm_traffic(config: Config, step: str, arguments: int) -> int:
-    """Bytes that a chip moves at least: a rollout's step reads weights and cache, once a token in decode; a training step
-    reads its arguments and writes the state again."""
-    return arguments * {"decode": config.rollout.decode_steps, "prefill": 1}.get(step, 2)
+def hbm_traffic(config: Config, parts: list[programs.Program], work: programs.Work) -> float:
+    """Bytes that a chip moves at least for the batch, or the dispatch: a program reads its arguments, the engine's decode
+    once a token; the update, which several batches share, writes the state again."""
+    times = {"decode": config.rollout.decode_steps, "update": 2 / work.batches}
+    return sum(programs.bytes_of(p.arguments) * times.get(p.name, 1) for p in parts if p.trains)
 
 
 def plan(config: Config, topology: Topology, step: str) -> dict[str, Any]:

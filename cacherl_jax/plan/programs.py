@@ -2,7 +2,8 @@
 
 A training step is two programs. `gradients` takes the weights and one batch; what it does not take but lies in HBM
 meanwhile is `resident`: the optimizer's state, a GRPO run's reference, and, where several batches make an update, the sum
-of the earlier ones' gradients. `update` takes the state and the gradients; the batch and a frozen base lie beside it.
+of the earlier ones' gradients. `update` takes the state and the gradients; the batch and a frozen base lie beside it. A step
+of GRPO begins with rollouts: `decode` is the engine's, beside all that the trainer holds.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Program:
     lower: Callable[..., Any]
     arguments: tuple
     resident: int = 0
+    trains: bool = True  # on a batch, whose figures are given; False for a dispatch of rollouts
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,12 @@ def training(config: Config, step: str, mesh: Mesh) -> tuple[list[Program], int,
     summed = bytes_of(trained) if work.batches > 1 else 0
     gradients = Program("gradients", gradients_of, (trained, frozen, batch, share), bytes_of(state.opt_state) + reference + summed)
     update = Program("update", steps.make_update(tx, state).lower, (state, trained), bytes_of((frozen, batch)) + reference)
-    return [gradients, update], bytes_of((state, frozen, batch)) + reference, work
+    arguments = bytes_of((state, frozen, batch)) + reference
+    if step == "sft":
+        return [gradients, update], arguments, work
+    (decode,), _, _ = rollouts(config, "decode", mesh)
+    beside = dataclasses.replace(decode, resident=arguments - bytes_of(batch), trains=False)
+    return [gradients, update, beside], arguments, work
 
 
 # ---- rollouts --------------------------------------------------------------------------------------------------------

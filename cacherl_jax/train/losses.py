@@ -64,7 +64,7 @@ def _next_logprobs(
     hidden_BTD: jax.Array, unembed_DV: jax.Array, next_BT: jax.Array, *, tp: int, chunk: int, entropy: bool, summed: Any
 ) -> tuple[jax.Array, jax.Array | None]:
     """Of the token that follows each position; unembed_DV holds this device's part of the vocabulary, of `tp` parts.
-    Gradients of its chunks are summed in the dtype `summed`, that of the weights."""
+    Gradients of its chunks are summed in the dtype `summed`, that of the weights: train weights in float32."""
     (B, T, D), V = hidden_BTD.shape, unembed_DV.shape[1]
     chunks = -(-B * T // chunk)
     size = -(-B * T // chunks)
