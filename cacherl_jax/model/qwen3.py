@@ -8,6 +8,7 @@ outputs the parity test compares.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -200,16 +201,15 @@ def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-# The matrix product of each weight.
-PRODUCTS: dict[str, str] = {
-    "query_DNH": "BTD,DNH->BTNH",
-    "key_DKH": "BTD,DKH->BTKH",
-    "value_DKH": "BTD,DKH->BTKH",
-    "output_NHD": "BTNH,NHD->BTD",
-    "gate_DF": "BTD,DF->BTF",
-    "up_DF": "BTD,DF->BTF",
-    "down_FD": "BTF,FD->BTD",
-}
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [B, T, inputs ...] by weight [inputs ..., outputs ...], either side one axis or heads and head.
+
+    As a product of plain matrices: asked for heads directly, XLA on TPUs rearranges the weights of all layers, in a copy that
+    stays, to spare the transposition of some tokens.
+    """
+    (B, T, *inputs), outputs = x.shape, weight.shape[x.ndim - 2 :]
+    flat_IO = weight.reshape(math.prod(inputs), math.prod(outputs))
+    return jnp.einsum("BTI,IO->BTO", x.reshape(B, T, -1), flat_IO).reshape(B, T, *outputs)
 
 
 class Layer(NamedTuple):
@@ -220,14 +220,9 @@ class Layer(NamedTuple):
 
     def project(self, name: str, x: jax.Array) -> jax.Array:
         """x W, and with an adapter for that weight x W + scale (x A) B."""
-        y = jnp.einsum(PRODUCTS[name], x, getattr(self.weights, name)[...])
+        y = _product(x, getattr(self.weights, name)[...])
         factors = getattr(self.adapter, name, None)
-        if factors is None:
-            return y
-        (inputs, _, outputs), weight = PRODUCTS[name].replace("->", ",").split(","), name.rsplit("_", 1)[1]
-        shared = "".join(axis for axis in weight if axis in inputs)
-        xa = jnp.einsum(f"{inputs},{shared}R->BTR", x, factors.a[...])
-        return y + self.adapter.scale * jnp.einsum(f"BTR,R{outputs[2:]}->{outputs}", xa, factors.b[...])
+        return y if factors is None else y + self.adapter.scale * _product(_product(x, factors.a[...]), factors.b[...])
 
 
 def _qkv(layer: Layer, x_BTD: jax.Array, angles: Any, c: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:

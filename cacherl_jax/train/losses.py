@@ -38,12 +38,16 @@ def token_logprobs(
     next_BT = jnp.roll(tokens_BT, -1, axis=1)  # the last entry of a row is dropped below
     of_chunks = partial(_next_logprobs, chunk=chunk, entropy=entropy, summed=unembed_VD.dtype)
     if mesh is None:
-        logprobs_BT, entropy_BT = of_chunks(hidden_BTD, unembed_VD.T, next_BT, tp=1)
+        logprobs_BT, entropy_BT = of_chunks(hidden_BTD, unembed_VD, next_BT, axes="VD", tp=1)
     else:
 
         def local(hidden_BTD: jax.Array, slice_VD: jax.Array, next_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+            tp = mesh.shape["tp"]
+            if all(mesh.shape[axis] == 1 for axis in meshes.SHARDED):
+                return of_chunks(hidden_BTD, slice_VD, next_BT, axes="VD", tp=tp)
+            # Slices come one behind the other in memory: in the other order XLA makes a second copy.
             gathered_DV = jax.lax.all_gather(slice_VD.T.astype(hidden_BTD.dtype), meshes.SHARDED, axis=0, tiled=True)
-            return of_chunks(hidden_BTD, gathered_DV, next_BT, tp=mesh.shape["tp"])
+            return of_chunks(hidden_BTD, gathered_DV, next_BT, axes="DV", tp=tp)
 
         tokens = meshes.TOKENS_BT
         logprobs_BT, entropy_BT = jax.shard_map(
@@ -61,25 +65,33 @@ def token_logprobs(
 
 
 def _next_logprobs(
-    hidden_BTD: jax.Array, unembed_DV: jax.Array, next_BT: jax.Array, *, tp: int, chunk: int, entropy: bool, summed: Any
+    hidden_BTD: jax.Array,
+    unembed: jax.Array,
+    next_BT: jax.Array,
+    *,
+    axes: str,
+    tp: int,
+    chunk: int,
+    entropy: bool,
+    summed: Any,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Of the token that follows each position; unembed_DV holds this device's part of the vocabulary, of `tp` parts.
+    """Of the token that follows each position; unembed, "VD" or "DV", holds this device's part of the vocabulary, of `tp`.
     Gradients of its chunks are summed in the dtype `summed`, that of the weights: train weights in float32."""
-    (B, T, D), V = hidden_BTD.shape, unembed_DV.shape[1]
+    (B, T, D), V = hidden_BTD.shape, unembed.shape[axes.index("V")]
     chunks = -(-B * T // chunk)
     size = -(-B * T // chunks)
     pad = chunks * size - B * T
     hidden_MCD = jnp.pad(hidden_BTD.reshape(-1, D), ((0, pad), (0, 0))).reshape(chunks, size, D)
     next_MC = jnp.pad(next_BT.reshape(-1), (0, pad)).reshape(chunks, size)
     first = jax.lax.axis_index("tp") * V if tp > 1 else 0
-    unembed_DV = unembed_DV.astype(summed)
+    unembed = unembed.astype(summed)
 
     def over_tp(reduce: Any, x: jax.Array) -> jax.Array:
         return reduce(x, "tp") if tp > 1 else x
 
     def of_chunk(hidden_CD: jax.Array, next_C: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        weights_DV = unembed_DV.astype(hidden_CD.dtype)
-        logits_CV = jnp.einsum("CD,DV->CV", hidden_CD, weights_DV, preferred_element_type=jnp.float32)
+        weights = unembed.astype(hidden_CD.dtype)
+        logits_CV = jnp.einsum(f"CD,{axes}->CV", hidden_CD, weights, preferred_element_type=jnp.float32)
         largest_C1 = over_tp(jax.lax.pmax, jax.lax.stop_gradient(logits_CV.max(axis=-1, keepdims=True)))
         exps_CV = jnp.exp(logits_CV - largest_C1)
         sum_C = over_tp(jax.lax.psum, exps_CV.sum(axis=-1))

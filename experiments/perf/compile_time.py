@@ -21,22 +21,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from cacherl_jax import checkpoint, mesh
-from cacherl_jax.config import MemoryConfig, MeshConfig, ModelConfig, OptimizerConfig
+from cacherl_jax.config import MemoryConfig, MeshConfig, OptimizerConfig
 from cacherl_jax.model.qwen3 import Execution
+from cacherl_jax.sizes import QWEN3_4B
 from cacherl_jax.train import step as steps
 from cacherl_jax.train.optimizer import make_optimizer
 from cacherl_jax.types import Batch
 
-MODEL = ModelConfig(
-    vocab_size=151_936,
-    hidden_size=2560,
-    num_layers=36,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    intermediate_size=9728,
-    rope_theta=5e6,
-)
 MEMORY = MemoryConfig(compute="bfloat16", remat="full")
 ROWS, LENGTH, RUNS = 8, 4096, 3
 
@@ -46,7 +37,7 @@ def compile_once() -> dict[str, float]:
     jax.clear_caches()
     devices = mesh.make_mesh(MeshConfig(fsdp=4, tp=2))
     tx = make_optimizer(OptimizerConfig(name="adamw"), 1000)
-    state = checkpoint.abstract_state(checkpoint.abstract_model(MODEL, devices), tx, devices)
+    state = checkpoint.abstract_state(checkpoint.abstract_model(QWEN3_4B, devices), tx, devices)
 
     def rows(dtype: type) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((ROWS, LENGTH), dtype, sharding=NamedSharding(devices, mesh.TOKENS_BT))
