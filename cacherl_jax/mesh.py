@@ -31,7 +31,6 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "embed": SHARDED,
     "heads": "tp",
     "kv_heads": "tp",
-    "head": None,
     "ffn": "tp",
     "vocab": "tp",
     "norm": None,

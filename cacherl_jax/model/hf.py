@@ -1,11 +1,10 @@
 """Names and layouts of Hugging Face's Qwen3ForCausalLM, in one table used both ways.
 
-Their linear weights are [out, in]; ours are [in, heads, head] or [in, out]. Layers are separate there, stacked here.
+Their linear weights are [out, in], ours [in, out]. Layers are separate there, stacked here.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,12 +21,12 @@ from cacherl_jax.model.qwen3 import Weight, layer_table
 # ours -> theirs, within a layer. All matrices are transposed between the two.
 LAYER_NAMES: dict[str, str] = {
     "attention_norm_D": "input_layernorm",
-    "query_DNH": "self_attn.q_proj",
-    "key_DKH": "self_attn.k_proj",
-    "value_DKH": "self_attn.v_proj",
+    "query_DA": "self_attn.q_proj",
+    "key_DC": "self_attn.k_proj",
+    "value_DC": "self_attn.v_proj",
     "query_norm_H": "self_attn.q_norm",
     "key_norm_H": "self_attn.k_norm",
-    "output_NHD": "self_attn.o_proj",
+    "output_AD": "self_attn.o_proj",
     "mlp_norm_D": "post_attention_layernorm",
     "gate_DF": "mlp.gate_proj",
     "up_DF": "mlp.up_proj",
@@ -58,7 +57,7 @@ def places(config: ModelConfig) -> dict[str, Place]:
     found = {EMBEDDING: Place("embed_VD", None, (V, D))}
     for i in range(config.num_layers):
         for ours, weight in layer_table(config).items():
-            found[_name(ours, i)] = Place(ours, i, _their_shape(ours, weight.shape))
+            found[_name(ours, i)] = Place(ours, i, weight.shape[::-1])
     found[TOP_NAMES["final_norm_D"]] = Place("final_norm_D", None, (D,))
     return found if config.tie_word_embeddings else found | {HEAD: Place("unembed_VD", None, (V, D))}
 
@@ -69,9 +68,9 @@ def from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str,
         ours: tensors[theirs] for ours, theirs in TOP_NAMES.items() if ours != "unembed_VD" or not config.tie_word_embeddings
     }
     layers = {}
-    for ours, weight in layer_table(config).items():
+    for ours in layer_table(config):
         stacked = [tensors[_name(ours, i)] for i in range(config.num_layers)]
-        layers[ours] = np.stack([w.T.reshape(weight.shape) for w in stacked])
+        layers[ours] = np.stack([w.T for w in stacked])
     return tree | {"layers": layers}
 
 
@@ -86,7 +85,7 @@ def to_hf(config: ModelConfig, tree: Mapping[str, Any]) -> dict[str, np.ndarray]
 
 def layer_to_hf(name: str, w: np.ndarray) -> np.ndarray:
     """Their tensor from one layer of our weight `name`."""
-    return np.ascontiguousarray(w.reshape(_their_shape(name, w.shape)[::-1]).T)
+    return np.ascontiguousarray(w.T)
 
 
 def load(config: ModelConfig, read: Read, mesh: Mesh, on_tensor: Callable[[], Any] = lambda: None) -> qwen3.Qwen3:
@@ -137,33 +136,9 @@ def _put_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
 
 def _read_ours(read: Read, name: str, theirs: str, shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
     """The part of our weight within `bounds`, from the part of their tensor that holds it."""
-    if name in TOP_NAMES or len(shape) == 1:
-        return read(theirs, tuple(slice(*b) for b in bounds))
-    split = len(shape) - _output_axes(name)
-    inputs, outputs = (_flat_bounds(name, shape[part], bounds[part]) for part in (slice(0, split), slice(split, None)))
-    return read(theirs, (slice(*outputs), slice(*inputs))).T.reshape([stop - start for start, stop in bounds])
-
-
-def _flat_bounds(name: str, shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """Bounds of axes that are one axis there. Only the first of them may be cut, or the part would have holes."""
-    rest = math.prod(shape[1:])
-    if any(b != (0, n) for b, n in zip(bounds[1:], shape[1:], strict=True)):
-        raise ValueError(f"{name}: a mesh that splits an axis inside a head cannot be loaded")
-    return bounds[0][0] * rest, bounds[0][1] * rest
+    index = tuple(slice(*b) for b in bounds)
+    return read(theirs, index) if name in TOP_NAMES else read(theirs, index[::-1]).T
 
 
 def _name(ours: str, layer: int) -> str:
     return f"model.layers.{layer}.{LAYER_NAMES[ours]}.weight"
-
-
-def _their_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[out, in] of a layer's matrix; a scale stays as it is."""
-    if len(shape) == 1:
-        return shape
-    split = len(shape) - _output_axes(name)
-    return math.prod(shape[split:]), math.prod(shape[:split])
-
-
-def _output_axes(name: str) -> int:
-    """How many last axes are a matrix's output side: heads and head for projections into heads."""
-    return 2 if name in ("query_DNH", "key_DKH", "value_DKH") else 1

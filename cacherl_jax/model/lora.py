@@ -24,10 +24,10 @@ from cacherl_jax.model.qwen3 import Qwen3
 
 # The names of the configuration to those of the weights, in the order of the layer.
 WEIGHTS: dict[str, str] = {
-    "query": "query_DNH",
-    "key": "key_DKH",
-    "value": "value_DKH",
-    "output": "output_NHD",
+    "query": "query_DA",
+    "key": "key_DC",
+    "value": "value_DC",
+    "output": "output_AD",
     "gate": "gate_DF",
     "up": "up_DF",
     "down": "down_FD",
@@ -45,24 +45,17 @@ class Weight(NamedTuple):
 def table(model: ModelConfig, config: LoraConfig) -> dict[str, dict[str, Weight]]:
     """All parameters of an adapter as the nested dict that checkpoints hold: for each weight "a" and "b".
 
-    For query_DNH they are A_LDR and B_LRNH, for output_NHD A_LNHR and B_LRD. Raises ConfigError when nothing is adapted.
+    They are [L, inputs, R] and [L, R, outputs]. Raises ConfigError when nothing is adapted.
     """
     if not config.rank or not config.matrices:
         raise ConfigError(f"an adapter of rank {config.rank} for matrices {list(config.matrices)} has no parameters")
     layer, L, R = qwen3.layer_table(model), model.num_layers, config.rank
     rows = {}
     for name in (weight for short, weight in WEIGHTS.items() if short in config.matrices):
-        (shape, axes, _), n = layer[name], _inputs(name)
-        bound = int(np.prod(shape[:n])) ** -0.5  # Kaiming's uniform with slope sqrt(5)
-        a = Weight((L, *shape[:n], R), ("layer", *axes[:n], "rank"), bound)
-        b = Weight((L, R, *shape[n:]), ("layer", "rank", *axes[n:]), 0.0)
-        rows[name] = {"a": a, "b": b}
+        (inputs, outputs), axes, _ = layer[name]
+        a = Weight((L, inputs, R), ("layer", axes[0], "rank"), inputs**-0.5)  # Kaiming's uniform with slope sqrt(5)
+        rows[name] = {"a": a, "b": Weight((L, R, outputs), ("layer", "rank", axes[1]), 0.0)}
     return rows
-
-
-def _inputs(name: str) -> int:
-    """How many leading axes of a layer's weight a product sums over: the heads' outputs are summed over N and H."""
-    return 2 if name == "output_NHD" else 1
 
 
 class Factors(nnx.Module):
@@ -76,7 +69,7 @@ class Factors(nnx.Module):
 
 
 class Adapter(nnx.Module):
-    """The factors by the names of their weights (`adapter.query_DNH.a`), and the static configurations."""
+    """The factors by the names of their weights (`adapter.query_DA.a`), and the static configurations."""
 
     def __init__(self, model: ModelConfig, config: LoraConfig, tree: dict[str, Any]) -> None:
         self.model, self.config = model, config
@@ -190,7 +183,7 @@ def _add_product(w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.
 
     def layer(i: jax.Array, w: jax.Array) -> jax.Array:
         a_i, b_i = (jax.lax.dynamic_index_in_dim(x, i, keepdims=False).astype(jnp.float32) for x in (a, b))
-        product = jnp.tensordot(a_i, b_i, 1, precision=jax.lax.Precision.HIGHEST)
+        product = jnp.matmul(a_i, b_i, precision=jax.lax.Precision.HIGHEST)
         old = jax.lax.dynamic_index_in_dim(w, i, keepdims=False)
         new = (old.astype(jnp.float32) + scale * product).astype(w.dtype)
         return jax.lax.dynamic_update_index_in_dim(w, new, i, 0)
@@ -221,11 +214,9 @@ def peft_config(adapter: Adapter, base: str) -> dict[str, Any]:
 
 def peft_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
     """The tensors of PEFT's adapter_model.safetensors by name: lora_A [rank, in] and lora_B [out, rank] of each layer."""
-    rank, tensors = adapter.config.rank, {}
+    tensors = {}
     for name, factors in to_dict(adapter).items():
-        a_LIR = np.asarray(factors["a"]).reshape(adapter.model.num_layers, -1, rank)
-        b_LRO = np.asarray(factors["b"]).reshape(adapter.model.num_layers, rank, -1)
-        for i, (a_IR, b_RO) in enumerate(zip(a_LIR, b_LRO, strict=True)):
+        for i, (a_IR, b_RO) in enumerate(zip(np.asarray(factors["a"]), np.asarray(factors["b"]), strict=True)):
             module = f"base_model.model.model.layers.{i}.{hf.LAYER_NAMES[name]}"
             tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a_IR.T)
             tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b_RO.T)

@@ -1,6 +1,7 @@
 """Qwen3, dense, as pure functions over a frozen pytree. Read top to bottom: parameters, block, forward, cached extension.
 
-Shapes: B rows, T tokens, D hidden, N query heads, K key-value heads, H head, F ffn, V vocabulary, L layers, S cache slots.
+Shapes: B rows, T tokens, D hidden, N query heads, K key-value heads, H head, A all query heads (N H), C all key-value heads
+(K H), F ffn, V vocabulary, L layers, S cache slots.
 Layers are stacked on a leading axis and scanned. Modules are `flax.nnx.Module`s used as immutable pytrees: only jax's own
 transformations touch them. Source: Qwen3 technical report (arXiv 2505.09388) and transformers' Qwen3ForCausalLM, whose
 outputs the parity test compares.
@@ -8,7 +9,6 @@ outputs the parity test compares.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from cacherl_jax import mesh as meshes
-from cacherl_jax.config import MemoryConfig, ModelConfig
+from cacherl_jax.config import ConfigError, MemoryConfig, ModelConfig
 from cacherl_jax.model import attention, rope
 
 
@@ -33,17 +33,21 @@ class Weight(NamedTuple):
 
 
 def layer_table(c: ModelConfig) -> dict[str, Weight]:
-    """The parameters of one layer, without the stacking axis: initialisation, sharding and loading follow from it."""
-    D, N, K, H, F = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size
+    """The parameters of one layer, without the stacking axis: initialisation, sharding and loading follow from it.
+
+    All heads lie in one axis: with an axis of heads XLA on TPUs rearranges the weights of all layers, in a copy that stays.
+    """
+    D, H, F = c.hidden_size, c.head_dim, c.intermediate_size
+    A, C = c.num_heads * H, c.num_kv_heads * H
     matrix = "initializer_range"
     return {
         "attention_norm_D": Weight((D,), ("norm",), "ones"),
-        "query_DNH": Weight((D, N, H), ("embed", "heads", "head"), matrix),
-        "key_DKH": Weight((D, K, H), ("embed", "kv_heads", "head"), matrix),
-        "value_DKH": Weight((D, K, H), ("embed", "kv_heads", "head"), matrix),
+        "query_DA": Weight((D, A), ("embed", "heads"), matrix),
+        "key_DC": Weight((D, C), ("embed", "kv_heads"), matrix),
+        "value_DC": Weight((D, C), ("embed", "kv_heads"), matrix),
         "query_norm_H": Weight((H,), ("norm",), "ones"),
         "key_norm_H": Weight((H,), ("norm",), "ones"),
-        "output_NHD": Weight((N, H, D), ("heads", "head", "embed"), matrix),
+        "output_AD": Weight((A, D), ("heads", "embed"), matrix),
         "mlp_norm_D": Weight((D,), ("norm",), "ones"),
         "gate_DF": Weight((D, F), ("embed", "ffn"), matrix),
         "up_DF": Weight((D, F), ("embed", "ffn"), matrix),
@@ -66,12 +70,12 @@ class Layers(nnx.Module):
     """The stacked parameters of all layers; inside the scan, those of one."""
 
     attention_norm_D: nnx.Param
-    query_DNH: nnx.Param
-    key_DKH: nnx.Param
-    value_DKH: nnx.Param
+    query_DA: nnx.Param
+    key_DC: nnx.Param
+    value_DC: nnx.Param
     query_norm_H: nnx.Param
     key_norm_H: nnx.Param
-    output_NHD: nnx.Param
+    output_AD: nnx.Param
     mlp_norm_D: nnx.Param
     gate_DF: nnx.Param
     up_DF: nnx.Param
@@ -156,6 +160,9 @@ def shardings(config: ModelConfig, mesh: Mesh) -> Qwen3:
 
 
 def _shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    for field_, heads in (("num_heads", config.num_heads), ("num_kv_heads", config.num_kv_heads)):
+        if heads % mesh.shape["tp"]:
+            raise ConfigError(f"model.{field_}={heads} does not divide over mesh axis tp={mesh.shape['tp']}")
     return _map_table(lambda name, w: meshes.parameter_sharding(mesh, w.shape, w.axes, name), table(config))
 
 
@@ -201,17 +208,6 @@ def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [B, T, inputs ...] by weight [inputs ..., outputs ...], either side one axis or heads and head.
-
-    As a product of plain matrices: asked for heads directly, XLA on TPUs rearranges the weights of all layers, in a copy that
-    stays, to spare the transposition of some tokens.
-    """
-    (B, T, *inputs), outputs = x.shape, weight.shape[x.ndim - 2 :]
-    flat_IO = weight.reshape(math.prod(inputs), math.prod(outputs))
-    return jnp.einsum("BTI,IO->BTO", x.reshape(B, T, -1), flat_IO).reshape(B, T, *outputs)
-
-
 class Layer(NamedTuple):
     """One layer inside a scan: its parameters, and its part of the adapter or None."""
 
@@ -219,22 +215,23 @@ class Layer(NamedTuple):
     adapter: Any
 
     def project(self, name: str, x: jax.Array) -> jax.Array:
-        """x W, and with an adapter for that weight x W + scale (x A) B."""
-        y = _product(x, getattr(self.weights, name)[...])
+        """[B, T, inputs] to [B, T, outputs]: x W, and with an adapter for that weight x W + scale (x A) B."""
+        y = x @ getattr(self.weights, name)[...]
         factors = getattr(self.adapter, name, None)
-        return y if factors is None else y + self.adapter.scale * _product(_product(x, factors.a[...]), factors.b[...])
+        return y if factors is None else y + self.adapter.scale * (x @ factors.a[...] @ factors.b[...])
 
 
 def _qkv(layer: Layer, x_BTD: jax.Array, angles: Any, c: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     h_BTD = rms_norm(x_BTD, layer.weights.attention_norm_D[...], c.rms_norm_eps)
-    q_BTNH, k_BTKH, v_BTKH = (layer.project(name, h_BTD) for name in ("query_DNH", "key_DKH", "value_DKH"))
+    heads = (*x_BTD.shape[:2], -1, c.head_dim)
+    q_BTNH, k_BTKH, v_BTKH = (layer.project(name, h_BTD).reshape(heads) for name in ("query_DA", "key_DC", "value_DC"))
     q_BTNH = rotate(rms_norm(q_BTNH, layer.weights.query_norm_H[...], c.rms_norm_eps), angles)
     k_BTKH = rotate(rms_norm(k_BTKH, layer.weights.key_norm_H[...], c.rms_norm_eps), angles)
     return q_BTNH, k_BTKH, v_BTKH
 
 
 def _finish(layer: Layer, x_BTD: jax.Array, o_BTNH: jax.Array, c: ModelConfig) -> jax.Array:
-    x_BTD = x_BTD + layer.project("output_NHD", o_BTNH)
+    x_BTD = x_BTD + layer.project("output_AD", o_BTNH.reshape(*x_BTD.shape[:2], -1))
     h_BTD = rms_norm(x_BTD, layer.weights.mlp_norm_D[...], c.rms_norm_eps)
     gate_BTF = jax.nn.silu(layer.project("gate_DF", h_BTD))
     return x_BTD + layer.project("down_FD", gate_BTF * layer.project("up_DF", h_BTD))

@@ -6,8 +6,7 @@ heads. Optimizers that treat matrices as such (Muon, Adafactor) are told here wh
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,34 +55,19 @@ def _schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedul
 # ---- matrices --------------------------------------------------------------------------------------------------------
 
 
-class _Layout(NamedTuple):
-    """How a weight is a stack of matrices: whether axis 0 stacks layers, and the axes that a product sums over."""
-
-    stacked: bool
-    inputs: tuple[int, ...]  # none: it is no matrix
-
-
-# By the letters of a stacked weight's name. Other weights of two axes, the embeddings, are no stacks.
-_INPUTS = {"DNH": (1,), "DKH": (1,), "NHD": (1, 2), "DF": (1,), "FD": (1,)}
-
-
-def _layout(path: Any, shape: tuple[int, ...]) -> _Layout:
+def _stacked(path: Any) -> bool:
+    """Whether axis 0 stacks layers: in a model's layers, and in all of an adapter. Of three axes it is a stack of matrices
+    [L, in, out]."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    weight = next((n for n in names if n.rsplit("_", 1)[-1] in _INPUTS), None)
-    if weight is None:
-        return _Layout("layers" in names, ())
-    if "a" in names:  # of an adapter: everything in, the rank out
-        return _Layout(True, tuple(range(1, len(shape) - 1)))
-    return _Layout(True, (1,) if "b" in names else _INPUTS[weight.rsplit("_", 1)[-1]])
+    return "layers" in names or "a" in names or "b" in names
 
 
 def _dimension_numbers(params: Any) -> Any:
     """Muon's for every parameter, a stacking axis being a batch; None for those that Adam updates."""
 
     def of(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
-        inputs = _layout(path, leaf.shape).inputs
-        outputs = tuple(axis for axis in range(1, len(leaf.shape)) if axis not in inputs)
-        return MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs) if inputs else None
+        matrices = _stacked(path) and len(leaf.shape) == 3
+        return MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,)) if matrices else None
 
     return jax.tree_util.tree_map_with_path(of, params)
 
@@ -130,17 +114,14 @@ def _stochastic_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
 
 def _scale_by_factored_rms() -> optax.GradientTransformation:
     """Adafactor's scaling of each layer's matrix by itself, in float32: optax would factor a stack over its two longest axes,
-    which may be two of one side of the matrix, and clip all layers as one."""
+    of which one may be that of layers, and clip all layers as one."""
     one = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=1), optax.clip_by_block_rms(1.0))
 
     def matrices(tree: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         """Stacks [L, in, out] or [L, n], and the rest, in float32."""
         stacks, rest = [], []
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
-            layout, x = _layout(path, x.shape), x.astype(jnp.float32)
-            if layout.inputs:
-                x = x.reshape(x.shape[0], math.prod(x.shape[axis] for axis in layout.inputs), -1)
-            (stacks if layout.stacked else rest).append(x)
+            (stacks if _stacked(path) else rest).append(x.astype(jnp.float32))
         return stacks, rest
 
     def init(params: Any) -> tuple[Any, Any]:
@@ -155,8 +136,8 @@ def _scale_by_factored_rms() -> optax.GradientTransformation:
         rest, of_rest = one.update(rest, state[1], rest)
         scaled_stacks, scaled_rest = iter(cast(Any, stacks)), iter(cast(Any, rest))
 
-        def back(path: Any, g: jax.Array) -> jax.Array:
-            return next(scaled_stacks if _layout(path, g.shape).stacked else scaled_rest).reshape(g.shape)
+        def back(path: Any, _: jax.Array) -> jax.Array:
+            return next(scaled_stacks if _stacked(path) else scaled_rest)
 
         return jax.tree_util.tree_map_with_path(back, gradients), (of_stacks, of_rest)
 

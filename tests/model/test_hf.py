@@ -228,7 +228,7 @@ assert read == {name: w.size for name, w in tensors.items()}, read  # each part 
 like = jax.tree.leaves(qwen3.shardings(config, mesh), is_leaf=lambda x: isinstance(x, jax.sharding.Sharding))
 for x, sharding in zip(jax.tree.leaves(model), like, strict=True):
     assert x.sharding.is_equivalent_to(sharding, x.ndim), (x.sharding, sharding)
-assert model.layers.query_DNH[...].addressable_shards[0].data.shape == (3, 8, 2, 6)
+assert model.layers.query_DA[...].addressable_shards[0].data.shape == (3, 8, 12)
 jax.tree.map(np.testing.assert_array_equal, qwen3.to_dict(model), hf.from_hf(config, tensors))
 read.clear()
 try:

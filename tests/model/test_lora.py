@@ -73,7 +73,7 @@ def test_a_new_adapter_changes_nothing(base):
     assert jax.tree.structure(lora.detach(both)) == jax.tree.structure(base)
     # As in PEFT: A within the bound of Kaiming's uniform, filling it; seeds of their own.
     factors = lora.to_dict(both.adapter)
-    for name, fan_in in (("query_DNH", 32), ("output_NHD", 24), ("down_FD", 48)):
+    for name, fan_in in (("query_DA", 32), ("output_AD", 24), ("down_FD", 48)):
         largest = np.abs(factors[name]["a"]).max()
         assert 0.95 * fan_in**-0.5 < largest <= fan_in**-0.5, name
     assert not np.array_equal(factors["gate_DF"]["a"], factors["up_DF"]["a"])

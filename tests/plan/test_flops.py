@@ -30,10 +30,10 @@ def unrolled(model, tokens_BT, shift_11D=0.0):
     x_BTD = model.embed_VD[...][tokens_BT] + shift_11D
     for i in range(MODEL.num_layers):
         w = jax.tree.map(lambda x, i=i: x[i], model.layers)
-        q, k, v = (jnp.einsum("btd,dnh->btnh", x_BTD, m[...]) for m in (w.query_DNH, w.key_DKH, w.value_DKH))
+        q, k, v = ((x_BTD @ m[...]).reshape(B, T, -1, MODEL.head_dim) for m in (w.query_DA, w.key_DC, w.value_DC))
         k, v = (jnp.repeat(x, MODEL.num_heads // MODEL.num_kv_heads, axis=2) for x in (k, v))
         o = jnp.einsum("bnts,bsnh->btnh", jnp.einsum("btnh,bsnh->bnts", q, k), v)
-        x_BTD = x_BTD + jnp.einsum("btnh,nhd->btd", o, w.output_NHD[...])
+        x_BTD = x_BTD + o.reshape(B, T, -1) @ w.output_AD[...]
         x_BTD = x_BTD + ((x_BTD @ w.gate_DF[...]) * (x_BTD @ w.up_DF[...])) @ w.down_FD[...]
     return x_BTD @ model.embed_VD[...].T
 

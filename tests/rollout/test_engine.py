@@ -160,13 +160,13 @@ sampled, state = t.play(engine, model, [t.Read(6, 0, ids[:-1])], copies, turns, 
 shape = state.cache.k_LBKSH.sharding.shard_shape(state.cache.k_LBKSH.shape)
 placed = engine.place(model)
 text = engine._decode.lower(placed, state, np.zeros((12, 7), np.int32), np.float32(1)).compile().as_text()
-print(json.dumps([sampled, shape, placed.layers.query_DNH[...].sharding.shard_shape((2, 32, 4, 16)), text]))
+print(json.dumps([sampled, shape, placed.layers.query_DA[...].sharding.shard_shape((2, 32, 64)), text]))
 """
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     sampled, cache, query, compiled = json.loads(done.stdout)
-    assert cache == [2, 6, 1, 96, 16] and query == [2, 32, 2, 16]
+    assert cache == [2, 6, 1, 96, 16] and query == [2, 32, 32]
     # Devices of one tp group talk, and gather a number a row and block of tokens. Those of different rows agree on one
     # number, the steps of a dispatch.
     collectives = re.findall(r"= \(?\w+\[([\d,]*)\].* (all-\w+|collective-permute)\(.*replica_groups=(\S+),", compiled)

@@ -90,7 +90,7 @@ def test_adafactor_factors_and_clips_each_layers_matrix_and_keeps_little(model, 
     gradients = jax.tree.map(lambda x, y: x * jnp.exp(2 * y), noise(model, 0), noise(model, 1))
     (_, updates), state = run(tx, model, [gradients, gradients])
     found, g = qwen3.to_dict(updates), qwen3.to_dict(gradients)
-    for name, rows in (("query_DNH", 32), ("output_NHD", 24), ("down_FD", 48)):
+    for name, rows in (("query_DA", 32), ("output_AD", 24), ("down_FD", 48)):
         for layer, update in zip(np.asarray(g["layers"][name], np.float64), found["layers"][name], strict=True):
             expected = -factored(layer.reshape(rows, -1), 2).reshape(layer.shape)
             np.testing.assert_allclose(update, expected, rtol=2e-4, atol=1e-6, err_msg=name)

@@ -81,7 +81,7 @@ def test_muon_orthogonalises_each_layers_matrix(model):
     gradients = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), model)
     updates, _ = tx.update(gradients, tx.init(model), model)
     moved = qwen3.to_dict(updates)["layers"]
-    for name, rows in (("gate_DF", 32), ("query_DNH", 32), ("output_NHD", 32)):
+    for name, rows in (("gate_DF", 32), ("query_DA", 32), ("output_AD", 32)):
         for layer in np.asarray(moved[name]):
             matrix = layer.reshape(rows, -1)
             values = np.linalg.svd(matrix, compute_uv=False)
