@@ -114,9 +114,8 @@ def load(config: ModelConfig, read: Read, mesh: Mesh, on_tensor: Callable[[], An
     def sharding(name: str, weight: Weight) -> NamedSharding:
         return meshes.parameter_sharding(mesh, weight.shape, weight.axes, name)
 
+    qwen3.shardings(config, mesh)  # refused before anything is read
     table = qwen3.table(config)
-    for name, weight in table["layers"].items():
-        sharding(name, weight)  # refused before anything is read
     tree = {name: array(name, TOP_NAMES[name], weight) for name, weight in table.items() if name != "layers"}
     layers = {}
     for name, weight in layer_table(config).items():

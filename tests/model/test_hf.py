@@ -234,7 +234,7 @@ read.clear()
 try:
     hf.load(config, slices, make_mesh(MeshConfig(tp=8)))
 except ConfigError as error:
-    assert "heads of size 4 does not divide over mesh axis tp=8" in str(error) and not read, (error, read)
+    assert "num_heads=4 does not divide over mesh axis tp=8" in str(error) and not read, (error, read)
     print("all as expected")
 """
 
