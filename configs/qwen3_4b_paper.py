@@ -1,8 +1,8 @@
 """The paper's training setting (arXiv 2606.14179): adapters of rank 128, prompts of 16K and responses of 32K tokens, 16 x 16.
 
 Command:  cacherl demo --config configs/qwen3_4b_paper.py --set weights=weights/qwen3-4b --out runs/qwen3_4b_paper
-Plan:     cacherl plan --config configs/qwen3_4b_paper.py --topology v6e:1x1 --step grpo
-Cost:     one v6e chip, if `plan` says that it fits there; larger slices: --set mesh.fsdp=8
+Plan:     cacherl plan --config configs/qwen3_4b_paper.py --topology v6e:2x2 --step grpo --set mesh.fsdp=4
+Cost:     four v6e chips with --set mesh.fsdp=4 (25.1 GiB of 31.25 a chip); one is too small by 0.2 GiB
 Expect:   see experiments/plan/ for memory and bounds on time; no such run has been made yet
 """
 
