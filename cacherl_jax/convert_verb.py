@@ -102,7 +102,7 @@ def _to_hf(folder: Path, target: Path, dtype: str | None, progress: ProgressFact
             # Weight by weight, as they are stored; the files are filled in any order.
             for name, (weight, layer, _) in sorted(places.items(), key=lambda item: item[1].weight):
                 tensor = read(weight, layer)
-                files.write(name, tensor if layer is None else hf.layer_to_hf(weight, tensor))
+                files.write(name, tensor if layer is None else hf.layer_to_hf(tensor))
                 bar.update(1)
         tokenizer = model_folder.tokenizer_folder(folder)
         carried = _carry(tokenizer, new)

@@ -68,7 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout_verb": THIRD | {"rollout", "checkpoint", "model_folder", "run_directory"},
     "plan.topology": FIRST,
     "plan.hlo": set(),
-    "plan.flops": FIRST,
+    "plan.flops": FIRST | {"model"},
     "plan": THIRD | {"rollout", "train", "checkpoint", "adapter_folder"},
     "plan_verb": FIRST | {"plan.topology"},
     "doctor_verb": FIRST,

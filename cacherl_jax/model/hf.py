@@ -79,12 +79,12 @@ def to_hf(config: ModelConfig, tree: Mapping[str, Any]) -> dict[str, np.ndarray]
     tensors = {TOP_NAMES[ours]: np.asarray(value) for ours, value in tree.items() if ours != "layers"}
     for ours, stacked in tree["layers"].items():
         for i, w in enumerate(np.asarray(stacked)):
-            tensors[_name(ours, i)] = layer_to_hf(ours, w)
+            tensors[_name(ours, i)] = layer_to_hf(w)
     return tensors
 
 
-def layer_to_hf(name: str, w: np.ndarray) -> np.ndarray:
-    """Their tensor from one layer of our weight `name`."""
+def layer_to_hf(w: np.ndarray) -> np.ndarray:
+    """Their tensor from one layer of a weight of ours."""
     return np.ascontiguousarray(w.T)
 
 
@@ -103,7 +103,7 @@ def load(config: ModelConfig, read: Read, mesh: Mesh, on_tensor: Callable[[], An
             assert index is not None  # jax's own type allows it
             bounds = tuple(s.indices(n)[:2] for s, n in zip(index, weight.shape, strict=True))
             if bounds not in blocks:
-                blocks[bounds] = _read_ours(read, name, theirs, weight.shape, bounds).astype(dtype, copy=False)
+                blocks[bounds] = _read_ours(read, name, theirs, bounds).astype(dtype, copy=False)
             return blocks[bounds]
 
         made = jax.make_array_from_callback(weight.shape, sharding(name, weight), block)
@@ -133,7 +133,7 @@ def _put_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
 
 
-def _read_ours(read: Read, name: str, theirs: str, shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+def _read_ours(read: Read, name: str, theirs: str, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
     """The part of our weight within `bounds`, from the part of their tensor that holds it."""
     index = tuple(slice(*b) for b in bounds)
     return read(theirs, index) if name in TOP_NAMES else read(theirs, index[::-1]).T

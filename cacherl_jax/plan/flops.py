@@ -7,15 +7,14 @@ token may read, and the vocabulary; norms, RoPE and softmax, under 1 %, are not.
 from __future__ import annotations
 
 from cacherl_jax.config import LoraConfig, ModelConfig
+from cacherl_jax.model.lora import WEIGHTS
+from cacherl_jax.model.qwen3 import layer_table
 
 
-def matrices(c: ModelConfig) -> dict[str, tuple[int, int]]:
+def matrices(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """(inputs, outputs) of each matrix of a layer, by the names of LoraConfig.matrices."""
-    D, Q, KV, F = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
-    return {
-        "query": (D, Q), "key": (D, KV), "value": (D, KV), "output": (Q, D),
-        "gate": (D, F), "up": (D, F), "down": (F, D),
-    }  # fmt: skip
+    layer = layer_table(c)
+    return {short: layer[weight].shape for short, weight in WEIGHTS.items()}
 
 
 def forward(c: ModelConfig, rows: int, length: int) -> dict[str, int]:

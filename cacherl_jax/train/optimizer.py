@@ -1,7 +1,7 @@
 """Optimizers from optax, with the schedule and clipping that a configuration asks for.
 
-What is trained, a Qwen3 or a lora.Adapter, holds the matrices of all layers stacked, and those of heads with an axis for the
-heads. Optimizers that treat matrices as such (Muon, Adafactor) are told here which axes form one.
+What is trained, a Qwen3 or a lora.Adapter, holds the matrices of all layers stacked. Optimizers that treat matrices as such
+(Muon, Adafactor) are told here which weights are stacks of them.
 """
 
 from __future__ import annotations
