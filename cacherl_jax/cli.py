@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cacherl_jax import convert_verb, doctor_verb, interrupts, plan_verb, rollout_verb
-from cacherl_jax.cache_cli import add_verbs
+from cacherl_jax import interrupts
 from cacherl_jax.config import Config, ConfigError, load_config, with_overrides
+from cacherl_jax.verbs import convert, doctor, plan, rollout
+from cacherl_jax.verbs.cache_parser import add_verbs
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
 STAGES = ("record", "think", "sft", "grpo", "eval", "report")
@@ -57,7 +58,7 @@ def _run_errors() -> tuple[type[Exception], ...]:
     from cacherl_jax.cache.store import StoreError
     from cacherl_jax.versions import MissingExtra
 
-    return (StoreError, MissingExtra, FileNotFoundError, plan_verb.CompilerError)
+    return (StoreError, MissingExtra, FileNotFoundError, plan.CompilerError)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,23 +83,23 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--distributed", action="store_true", help=DISTRIBUTED)
         verb.set_defaults(verb=_run_stages, stages=STAGES if name == "demo" else (name,))
         if name == "rollout":
-            rollout_verb.add_arguments(verb)
+            rollout.add_arguments(verb)
             verb.set_defaults(verb=_rollout)
     text = "weights from Hugging Face's files to a folder to start from, or back"
     verb = verbs.add_parser("convert", help=text, description=text)
     verb.add_argument("--json", action="store_true", help="one JSON object on standard output, no progress bar")
     verb.set_defaults(verb=_convert)
-    convert_verb.add_arguments(verb)
+    convert.add_arguments(verb)
     text = "compile a run's step for a TPU slice, without one: memory, FLOPs, bounds on its time, collectives"
     verb = verbs.add_parser("plan", help=text, description=text)
     _add_config(verb)
     verb.add_argument("--json", action="store_true", help="one JSON object on standard output")
     verb.set_defaults(verb=_plan, seed=None)
-    plan_verb.add_arguments(verb)
+    plan.add_arguments(verb)
     text = "versions, pairs known to break, devices and their memory, extras; status 1 when something is known to break"
     verb = verbs.add_parser("doctor", help=text, description=text)
     verb.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    verb.set_defaults(verb=lambda args: doctor_verb.doctor())
+    verb.set_defaults(verb=lambda args: doctor.doctor())
     add_verbs(verbs.add_parser("cache", help="stores of recorded calls: fill, fit, inspect, publish"))
     return parser
 
@@ -116,18 +117,19 @@ def _config(args: argparse.Namespace) -> Config:
 def _run_stages(args: argparse.Namespace) -> dict[str, Any]:
     config = _config(args)  # checked before anything heavy is imported
     _join(args, config)
-    from cacherl_jax import metrics, stage_inputs, stages
+    from cacherl_jax import metrics
     from cacherl_jax.run_directory import RunDirectory
+    from cacherl_jax.stages import eval, grpo, inputs, record, report, sft, think
 
-    stage_inputs.check_weights(config)
+    inputs.check_weights(config)
 
     verbs: dict[str, Callable[..., dict[str, Any]]] = {
-        "record": stages.record,
-        "think": stages.think,
-        "sft": stages.supervised,
-        "grpo": stages.reinforce,
-        "eval": stages.evaluate,
-        "report": stages.summarise,
+        "record": record.record,
+        "think": think.think,
+        "sft": sft.supervised,
+        "grpo": grpo.reinforce,
+        "eval": eval.evaluate,
+        "report": report.summarise,
     }
     run = RunDirectory(args.out, config)
     progress = metrics.progress_factory(enabled=not args.json and _first(args))
@@ -142,7 +144,7 @@ def _rollout(args: argparse.Namespace) -> dict[str, Any]:
     _join(args, config)
     from cacherl_jax import metrics
 
-    return rollout_verb.rollout(args, config, metrics.progress_factory(enabled=not args.json and _first(args)))
+    return rollout.rollout(args, config, metrics.progress_factory(enabled=not args.json and _first(args)))
 
 
 def _join(args: argparse.Namespace, config: Config) -> None:
@@ -156,12 +158,12 @@ def _join(args: argparse.Namespace, config: Config) -> None:
 def _convert(args: argparse.Namespace) -> dict[str, Any]:
     from cacherl_jax import metrics
 
-    return convert_verb.convert(args, metrics.progress_factory(enabled=not args.json))
+    return convert.convert(args, metrics.progress_factory(enabled=not args.json))
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
-    result = plan_verb.plan(args, _config(args))
-    return result if args.json else plan_verb.readable(result)
+    result = plan.plan(args, _config(args))
+    return result if args.json else plan.readable(result)
 
 
 WIDE = 60  # characters of a table's cell

@@ -6,8 +6,9 @@ import signal
 import pytest
 from test_stages import SMALL, cacherl
 
-from cacherl_jax import cli, rollout_verb
+from cacherl_jax import cli
 from cacherl_jax.rollout import stream
+from cacherl_jax.verbs import rollout as rollout_verb
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,7 @@ def test_an_interrupted_stage_refuses_other_settings_and_keeps_what_it_ran_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cacherl_jax.stages.write_transcripts", interrupted)
+        patch.setattr("cacherl_jax.stages.record.write_transcripts", interrupted)
         assert cacherl(capsys, *arguments("record", tmp_path))[0] == 130
     before = (tmp_path / "run.json").read_text()
     status, _, err = cacherl(capsys, *arguments("record", tmp_path, seed=1))

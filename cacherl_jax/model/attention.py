@@ -49,9 +49,7 @@ def attend(
     def local(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array, kernel: Any) -> jax.Array:
         segments_BS, first = segments_BT, 0
         if seq > 1:
-            k_BSKH, v_BSKH, segments_BS = (
-                jax.lax.all_gather(x, "seq", axis=1, tiled=True) for x in (k_BSKH, v_BSKH, segments_BS)
-            )
+            k_BSKH, v_BSKH, segments_BS = (jax.lax.all_gather(x, "seq", axis=1, tiled=True) for x in (k_BSKH, v_BSKH, segments_BS))
             first = jax.lax.axis_index("seq") * (T // seq)
         if kernel is not None:
             return _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, kernel)

@@ -1,6 +1,6 @@
 """Compiles a step for a TPU slice and says what it needs; run as a program of its own, with the job on standard input.
 
-The environment decides before jax is imported that no accelerator of this machine is touched: plan_verb.py sets it.
+The environment decides before jax is imported that no accelerator of this machine is touched: verbs/plan.py sets it.
 """
 
 from __future__ import annotations

@@ -65,9 +65,7 @@ def match_calls(
     return ProcessReward(names, parameters, values, milestones, economy, total / n * economy)
 
 
-def _match(
-    wanted: ToolCall, made: ToolCall, specs: Mapping[str, ToolSpec], refused: bool
-) -> tuple[float, float, float, float]:
+def _match(wanted: ToolCall, made: ToolCall, specs: Mapping[str, ToolSpec], refused: bool) -> tuple[float, float, float, float]:
     """(names, parameters, values, exact) of one pair; nothing counts where the tool differs."""
     if wanted.name != made.name:
         return 0.0, 0.0, 0.0, 0.0

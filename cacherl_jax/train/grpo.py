@@ -1,15 +1,16 @@
 """GRPO from the cache. One step: sample a group of episodes a task, tools answered by the cache; score answer and process
 and weigh the answer by how faithfully the cache answered; center the scores in each group; push sampled tokens by their
 episode's advantage, clipped, weighted where the trainer finds them less or more likely than they were when drawn, with a KL
-penalty to the SFT model. Live tools are unreachable throughout.
+penalty to the SFT model. Live tools are unreachable throughout, but in the control, which trains with nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,70 +23,18 @@ from cacherl_jax.config import Config
 from cacherl_jax.data.packing import packed
 from cacherl_jax.data.pipeline import Packs, Row, bucket_lengths, bucketed, taken_apart
 from cacherl_jax.model import attention, lora, qwen3
-from cacherl_jax.reward import answer, process, tier
 from cacherl_jax.rollout import runner, stream
 from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.text.tokenizer import Tokenizer
 from cacherl_jax.tools import registry
-from cacherl_jax.train import advantages, agreement
+from cacherl_jax.train import agreement
 from cacherl_jax.train import step as steps
 from cacherl_jax.train.optimizer import make_optimizer
+from cacherl_jax.train.scoring import Scored, rollout_metrics, score_groups, write_rollouts
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Batch, Task, ToolProvider, ToolSpec
 
 Placed = Sequence[tuple[Batch, Packs]]  # batches on the mesh, with the places of the rows that they were made of
-
-
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """The rollouts of one step in group order, with their rewards and advantages, all of length N."""
-
-    trajectories: Sequence[Trajectory]
-    answer_N: np.ndarray
-    process_N: np.ndarray
-    weight_N: np.ndarray
-    advantage_N: np.ndarray
-
-
-def score_groups(
-    tasks: Sequence[Task], trajectories: Sequence[Trajectory], specs: Mapping[str, ToolSpec], config: Config
-) -> Scored:
-    """Rewards and advantages; `trajectories` holds `config.grpo.group` episodes of each task, one task after the other."""
-    group, kind = config.grpo.group, config.grpo.advantage
-    by_task = [task for task in tasks for _ in range(group)]
-    pairs = list(zip(by_task, trajectories, strict=True))
-    answer_N = np.array([answer.answer_reward(task, t) for task, t in pairs])
-    process_N = np.array([process.process_reward(task, t, specs).total for task, t in pairs])
-    weight = tier.paper_weight if kind == "paper" else tier.episode_weight
-    weight_N = np.array([weight(t) for t in trajectories])
-    advantage_N = np.concatenate(
-        [
-            advantages.advantages(
-                kind, answer_N[i : i + group], process_N[i : i + group], weight_N[i : i + group],
-                process_weight=config.grpo.process_weight,
-            )
-            for i in range(0, len(pairs), group)
-        ]
-    )  # fmt: skip
-    return Scored(trajectories, answer_N, process_N, weight_N, advantage_N)
-
-
-def rollout_metrics(scored: Scored) -> dict[str, Any]:
-    """What the report draws and what warns of a policy that leaves the cache."""
-    n = len(scored.trajectories)
-    tiers = Counter(o.tier.value for t in scored.trajectories for o in t.observations)
-    stops = Counter(t.stop.value for t in scored.trajectories)
-    return {
-        "reward": float((scored.answer_N + scored.process_N).mean() / 2),
-        "answer": float(scored.answer_N.mean()),
-        "process": float(scored.process_N.mean()),
-        "accuracy": float((scored.process_N >= 1.0).mean()),
-        "calls": float(sum(len(t.observations) for t in scored.trajectories) / n),
-        "tiers": {k: v / max(1, sum(tiers.values())) for k, v in sorted(tiers.items())},
-        "stops": dict(sorted(stops.items())),
-        "weight_advantage_cov": float(np.cov(scored.weight_N, scored.advantage_N, bias=True)[0, 1]),
-        "sampled_tokens": int(sum(t.sampled_T.sum() for t in scored.trajectories)),
-    }
 
 
 def select_tasks(tasks: Sequence[Task], step: int, count: int, seed: int) -> list[Task]:
@@ -125,8 +74,8 @@ def train(
 
     `validate` gives process accuracy on the validation tasks (from the cache); the checkpoint where it was highest is kept
     beside the newest. Ctrl-C and SIGTERM save before they end the run. Of several processes each plays its share of the
-    episodes; scores and updates are those of all. Returns the model and the number of live tool calls made, which is 0 or
-    the run ended in LiveToolError.
+    episodes; scores and updates are those of all. Returns the model and the number of live tool calls made: 0, or the run
+    ended in LiveToolError, unless `grpo.tools` is "live".
 
     With `config.grpo.lora` an adapter of `reference` is trained: the reference is the policy without it, of which there is
     no second copy. The engine plays with merged weights, and the merged model is what the stage leaves. `base` is the
@@ -209,7 +158,8 @@ def train(
 
     live_before = registry.live_call_count()
     folder = adapter_folder.checkpoints(directory, grpo.lora)
-    with interrupts.held(), registry.forbid_live(), checkpoint.Checkpoints(folder, best=1) as saved:
+    guard = contextlib.nullcontext() if grpo.tools == "live" else registry.forbid_live()
+    with interrupts.held(), guard, checkpoint.Checkpoints(folder, best=1) as saved:
         done, state = saved.restore(like) or (0, checkpoint.new_state(first(), tx, devices))
         began = done  # episodes that an earlier attempt streamed at a later step were played by other weights
         log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done, writes=processes.is_first())
@@ -276,13 +226,3 @@ def _rows(scored: Scored) -> list[Row]:
 def _by_row(rows: Sequence[Row], batches: Placed, logprobs: Sequence[Any]) -> list[np.ndarray]:
     """Logprobs of batches, taken apart into those of rows, without the padding."""
     return taken_apart(rows, [(processes.whole(x), packs) for x, (_, packs) in zip(logprobs, batches, strict=True)])
-
-
-def write_rollouts(path: Path, scored: Scored) -> None:
-    """One JSON line an episode: the trajectory, its rewards, weight and advantage. Rewritten whole when a step is redone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = zip(scored.trajectories, scored.answer_N, scored.process_N, scored.weight_N, scored.advantage_N, strict=True)
-    with path.open("w") as f:
-        for trajectory, a, p, w, advantage in columns:
-            rewards = {"answer": float(a), "process": float(p), "weight": float(w), "advantage": float(advantage)}
-            f.write(json.dumps(trajectory.to_json() | {"rewards": rewards}) + "\n")

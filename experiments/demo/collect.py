@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cacherl_jax import stages
 from cacherl_jax.evaluate.process_accuracy import process_accuracy
+from cacherl_jax.stages import inputs
 from cacherl_jax.tools.world import tool_specs
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task
@@ -54,8 +54,8 @@ def main() -> None:
         shutil.copy(run / "grpo" / "metrics.jsonl", folder)
         tasks = [Task.from_json(json.loads(line)) for line in (run / "record" / "tasks.test.jsonl").read_text().splitlines()]
         outcomes: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-        for policy in stages.POLICIES:
-            for task, trajectory in zip(tasks, stages.load_trajectories(run / "eval" / f"{policy}.live.jsonl"), strict=True):
+        for policy in inputs.POLICIES:
+            for task, trajectory in zip(tasks, inputs.load_trajectories(run / "eval" / f"{policy}.live.jsonl"), strict=True):
                 outcomes[policy][task.family][outcome(task, trajectory)] += 1
         kept = {"outcomes": outcomes, "groups": flat_groups(run)}
         (folder / "outcomes.json").write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")

@@ -75,9 +75,7 @@ def gib(n: int | None) -> str:
 
 
 def launch_table() -> list[str]:
-    lines = [
-        "| config | slice | step | batch | arguments | temporaries | peak | of | limit | fits | TFLOP | s, FLOPs | s, bytes |"
-    ]
+    lines = ["| config | slice | step | batch | arguments | temporaries | peak | of | limit | fits | TFLOP | s, FLOPs | s, bytes |"]
     lines.append("|---" * 13 + "|")
     for config, topology in LAUNCH.items():
         for step in STEPS:

@@ -10,8 +10,9 @@ import random
 import time
 from typing import Any
 
-from cacherl_jax import cli, rollout_verb
+from cacherl_jax import cli
 from cacherl_jax.types import Observation, Task, ToolCall, ToolProvider, ToolSession
+from cacherl_jax.verbs import rollout as rollout_verb
 
 
 class Paced:

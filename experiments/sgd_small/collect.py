@@ -14,13 +14,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from cacherl_jax import stages
 from cacherl_jax.config import Config
 from cacherl_jax.evaluate import coverage, intervals, process_accuracy
 from cacherl_jax.evaluate.report import TIER_COLOURS
 from cacherl_jax.metrics import read_metrics
 from cacherl_jax.reward import process
 from cacherl_jax.run_directory import RunDirectory
+from cacherl_jax.stages import inputs
 
 HERE = Path(__file__).parent
 
@@ -28,11 +28,11 @@ HERE = Path(__file__).parent
 def main() -> None:
     out = Path(sys.argv[1])
     run = RunDirectory(out, Config.from_json(json.loads((out / "run.json").read_text())["config"]))
-    specs, tasks = stages.load_specs(run), stages.load_tasks(run, "test")
+    specs, tasks = inputs.load_specs(run), inputs.load_tasks(run, "test")
     result: dict = {"cpu_seconds_by_stage": run.cpu_seconds(), "cpu_seconds": sum(run.cpu_seconds().values())}
     correct = {}
     for policy in ("sft", "grpo"):
-        trajectories = stages.load_trajectories(out / "eval" / f"{policy}.cached.jsonl")
+        trajectories = inputs.load_trajectories(out / "eval" / f"{policy}.cached.jsonl")
         pairs = zip(tasks, trajectories, strict=True)
         correct[policy] = [process_accuracy.process_accuracy(t, r.calls_made, specs) for t, r in pairs]
         for group in ("seen", "unseen"):
@@ -53,7 +53,7 @@ def main() -> None:
             [correct["grpo"][i] for i in chosen], [correct["sft"][i] for i in chosen], seed=0, draws=10_000
         )
         result[f"gain.{group}"] = [gain.mean, gain.low, gain.high]
-        served = coverage.coverage([tasks[i] for i in chosen], stages.open_cache(run, "train", specs))
+        served = coverage.coverage([tasks[i] for i in chosen], inputs.open_cache(run, "train", specs))
         result[f"reference calls of test tasks in the training store, {group}"] = served.to_json()["tiers"]
     result["tiers in training"] = json.loads((out / "summary.json").read_text())["tiers"]
     (HERE / "result.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from cacherl_jax import cli, plan_verb
+from cacherl_jax import cli
 from cacherl_jax.config import Config, LoraConfig, MemoryConfig, MeshConfig, ModelConfig, OptimizerConfig, RolloutConfig, SftConfig
 from cacherl_jax.plan import changes
 from cacherl_jax.plan.topology import GIB, parse
+from cacherl_jax.verbs import plan as plan_verb
 
 ADAMW = OptimizerConfig(name="adamw")
 # Two layers whose logits of all tokens at once are more than a chip has: 2,048 tokens x 2,000,000 x 4 bytes.

@@ -12,7 +12,7 @@ from cacherl_jax.mesh import make_mesh, rollout_mesh
 from cacherl_jax.model import qwen3
 from cacherl_jax.rollout import runner
 from cacherl_jax.rollout.engine import Engine
-from cacherl_jax.rollout_verb import summary
+from cacherl_jax.verbs.rollout import summary
 
 
 def main(address: str, count: str, index: str, tp: str, out: str) -> None:

@@ -21,6 +21,17 @@ from cacherl_jax.tools.registry import specs_from_json
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task, ToolSpec
 
+SPLITS = ("train", "validation", "test")
+POLICIES = ("sft", "expert_sft", "grpo")
+
+# The configuration that each stage depends on.
+RECORD = ("seed", "data", "cache")
+THINK = (*RECORD, "tokenizer", "weights")
+MODEL = ("model", "mesh", "memory.compute")  # the rest of memory changes rounding at most
+GRPO = (*THINK, *MODEL, "sft", "rollout", "grpo")
+
+EVAL_SAMPLE = 0
+
 STORES = {"train": "training.sqlite", "validation": "validation.sqlite", "test": "evaluation.sqlite"}
 
 

@@ -1,4 +1,4 @@
-"""What the verbs of `cacherl cache` do, each a function of the parsed command line that returns one JSON object. cache_cli.py
+"""What the verbs of `cacherl cache` do, each a function of the parsed command line that returns one JSON object. cache_parser.py
 has the table of what they take.
 
 What a verb needs is imported inside it, so that `--help` answers at once.

@@ -1,4 +1,4 @@
-"""The command line of `cacherl cache`: a table of its verbs and what each takes. cache_verbs.py has what they do."""
+"""The command line of `cacherl cache`: a table of its verbs and what each takes. cache.py has what they do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cacherl_jax import cache_verbs
+from cacherl_jax.verbs import cache
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_verbs(cache: argparse.ArgumentParser) -> None:
+def add_verbs(parser: argparse.ArgumentParser) -> None:
     """Adds a parser for each verb; its `verb` is the function to call with the arguments."""
-    parsers = cache.add_subparsers(required=True, metavar="VERB")
+    parsers = parser.add_subparsers(required=True, metavar="VERB")
     for name, verb in VERBS.items():
         parser = parsers.add_parser(name, help=verb.help, description=verb.help)
         for option in verb.options:
@@ -67,44 +67,38 @@ def add_verbs(cache: argparse.ArgumentParser) -> None:
 _CORPUS = ("--source", "--path", "--store")
 _SERVING = ("[--config]", "[--set]")
 VERBS: dict[str, Verb] = {
-    "import": Verb(
-        "record a corpus into a store and count what it holds", cache_verbs.import_, (*_CORPUS, "[--key]", "[--effects]")
-    ),
+    "import": Verb("record a corpus into a store and count what it holds", cache.import_, (*_CORPUS, "[--key]", "[--effects]")),
     "record": Verb(
         "make calls on Python functions and store the answers; run again, it goes on",
-        cache_verbs.record,
+        cache.record,
         ("tools", "--calls", "--store", "[--key]", "[--workers]", "[--timeout]"),
     ),
-    "lookup": Verb(
-        "look a corpus up in a store and count what it would have been served", cache_verbs.lookup, (*_CORPUS, "[--key]")
-    ),
+    "lookup": Verb("look a corpus up in a store and count what it would have been served", cache.lookup, (*_CORPUS, "[--key]")),
     "coverage": Verb(
         "how a store answers the calls of tasks: by tool, tier and turn; tasks that cannot be finished",
-        cache_verbs.coverage,
+        cache.coverage,
         ("--store", "[--tasks]", "[--source]", "[--path]", *_SERVING, "[--figure]"),
     ),
     "effects": Verb(
         "which tools write, read, draw or hide state, inferred from recordings; contradictions of the given labels",
-        cache_verbs.effects,
+        cache.effects,
         ("--store", "[--level]"),
     ),
-    "fit": Verb(
-        "learn rules of the adapted tier and the fidelity of answers into the store", cache_verbs.fit, ("--store", *_SERVING)
-    ),
+    "fit": Verb("learn rules of the adapted tier and the fidelity of answers into the store", cache.fit, ("--store", *_SERVING)),
     "audit": Verb(
         "how often a store answers right: the calls of other dialogues against their recordings, and planted swaps",
-        cache_verbs.audit,
+        cache.audit,
         (*_CORPUS, *_SERVING, "[--figure]"),
     ),
-    "stats": Verb("what a store holds, in numbers", cache_verbs.stats, ("--store",)),
-    "conflicts": Verb("keys with several results, those seen most often first", cache_verbs.conflicts, ("--store",)),
+    "stats": Verb("what a store holds, in numbers", cache.stats, ("--store",)),
+    "conflicts": Verb("keys with several results, those seen most often first", cache.conflicts, ("--store",)),
     "quarantine": Verb(
         "entries that would poison a policy: failures stored as answers, control tokens",
-        cache_verbs.quarantine,
+        cache.quarantine,
         ("--store", "[--move]", "[--restore]"),
     ),
-    "snapshot": Verb("freeze a copy of a store under an id of its content", cache_verbs.snapshot, ("--store", "--out", "[--ttl]")),
-    "diff": Verb("what two stores answer differently", cache_verbs.diff, ("store_a", "store_b")),
-    "export": Verb("write a store as a data set: JSON Lines, manifest, card", cache_verbs.export, ("--store", "--out")),
-    "explain": Verb("what a call would be served and why", cache_verbs.explain, ("call", "--store", "[--after]", *_SERVING)),
+    "snapshot": Verb("freeze a copy of a store under an id of its content", cache.snapshot, ("--store", "--out", "[--ttl]")),
+    "diff": Verb("what two stores answer differently", cache.diff, ("store_a", "store_b")),
+    "export": Verb("write a store as a data set: JSON Lines, manifest, card", cache.export, ("--store", "--out")),
+    "explain": Verb("what a call would be served and why", cache.explain, ("call", "--store", "[--after]", *_SERVING)),
 }

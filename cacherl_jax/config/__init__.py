@@ -1,0 +1,34 @@
+"""Configuration: frozen dataclasses, strict in names and types. A part lives in the module of its subject; run.py holds a
+whole run and its way from and to JSON."""
+
+from cacherl_jax.config.basics import ConfigError, EndpointConfig
+from cacherl_jax.config.cache import PAPER_CACHE, CacheConfig, SimulatorConfig
+from cacherl_jax.config.data import DataConfig, TokenizerConfig
+from cacherl_jax.config.model import LoraConfig, MemoryConfig, MeshConfig, ModelConfig, YarnConfig
+from cacherl_jax.config.rollout import MIN_TURN, EvalConfig, RolloutConfig
+from cacherl_jax.config.run import Config, load_config, with_overrides
+from cacherl_jax.config.training import GrpoConfig, OptimizerConfig, SftConfig
+
+__all__ = [
+    "MIN_TURN",
+    "PAPER_CACHE",
+    "CacheConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EndpointConfig",
+    "EvalConfig",
+    "GrpoConfig",
+    "LoraConfig",
+    "MemoryConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RolloutConfig",
+    "SftConfig",
+    "SimulatorConfig",
+    "TokenizerConfig",
+    "YarnConfig",
+    "load_config",
+    "with_overrides",
+]

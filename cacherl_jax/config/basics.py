@@ -1,0 +1,34 @@
+"""What all parts of the configuration are made of: the error, and numbers with bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import pydantic
+
+Positive = Annotated[int, pydantic.Field(gt=0)]
+Count = Annotated[int, pydantic.Field(ge=0)]
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+Rate = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+PositiveRate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the field, the value and what is allowed."""
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """An OpenAI-compatible endpoint. Its API key is read from OPENAI_API_KEY and kept nowhere."""
+
+    base_url: str = ""  # such as http://localhost:8000/v1
+    model: str = ""
+    max_tokens: Positive = 1024  # of a reply; a longer one is a failure
+    timeout: PositiveRate = 60.0  # seconds a try
+    retries: Count = 2  # after the first try, with growing pauses
