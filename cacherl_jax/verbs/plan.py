@@ -58,7 +58,7 @@ def plan(args: argparse.Namespace, config: Config) -> dict[str, Any]:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """What plan/measure.py says of a job. Raises CompilerError with the end of its messages when it dies."""
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "cacherl_jax.plan.measure"],
