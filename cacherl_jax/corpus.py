@@ -36,7 +36,8 @@ class WorldCorpus:
     def tasks(self, split: str) -> list[Task]:
         from cacherl_jax.tools.world import make_tasks
 
-        return make_tasks(split, getattr(self._config.data, f"{split}_tasks"), self._config.seed)
+        data = self._config.data
+        return make_tasks(split, getattr(data, f"{split}_tasks"), self._config.seed, data.families)
 
     def transcript_count(self, split: str) -> int:
         return getattr(self._config.data, f"{split}_tasks") * len(self._config.data.demonstrators)

@@ -9,6 +9,10 @@ import pydantic
 
 from cacherl_jax.config.basics import Positive, require
 
+WorldFamily = Literal[
+    "no_call", "one_call", "chain2", "chain3", "chain4", "write_then_read", "error_recovery", "choose"
+]  # of tasks, tools/world/tasks.py
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -19,6 +23,7 @@ class DataConfig:
     train_tasks: Positive = 1500
     validation_tasks: Positive = 100
     test_tasks: Positive = 400
+    families: tuple[WorldFamily, ...] = ()  # world: in equal shares; (): all, in the world's own
     services: tuple[str, ...] = ()  # sgd: the subset of services; () is all
     unseen_services: tuple[str, ...] = ()  # sgd: services that only the test split has
     demonstrators: tuple[Literal["expert", "stopper", "wanderer"], ...] = ("expert", "stopper", "wanderer")  # world

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -234,20 +234,20 @@ def _orders(kind: str, calls: list[ToolCall]) -> tuple[tuple[ToolCall, ...], ...
     return tuple(orders)
 
 
-def make_tasks(split: str, count: int, seed: int) -> list[Task]:
-    """`count` tasks of a split in the shares of FAMILIES, each asked differently from all others.
+def make_tasks(split: str, count: int, seed: int, families: Sequence[str] = ()) -> list[Task]:
+    """`count` tasks of a split, each asked differently from all others: of `families` in equal shares, without them of all
+    FAMILIES in their own.
 
-    The same (split, seed) gives the same first tasks whatever the count. Raises ValueError for an unknown split.
+    The same (split, seed, families) gives the same first tasks whatever the count. Raises ValueError for an unknown split.
     """
     rows = database(split, seed)
     rng = np.random.default_rng((seed, SPLITS.index(split), 1))
-    families = list(FAMILIES)
-    shares = [FAMILIES[family][0] for family in families]
+    shares = {family: 1 / len(families) for family in families} or {family: share for family, (share, _) in FAMILIES.items()}
     tasks: list[Task] = []
     asked: set[str] = set()
     repeats = 0
     while len(tasks) < count:
-        family = str(rng.choice(families, p=shares))
+        family = str(rng.choice(list(shares), p=list(shares.values())))
         kind = str(rng.choice(FAMILIES[family][1]))
         episode = _Episode(rows, rng)
         entities = _MAKERS[family](episode, kind)
