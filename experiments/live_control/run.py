@@ -1,0 +1,293 @@
+"""The control that the paper lacks: one policy, trained by GRPO with live tools, and from caches of its own recorded calls.
+
+Command:  python experiments/live_control/run.py --seeds 0 1 2 3 4 --out runs/live_control
+          python experiments/live_control/figure.py runs/live_control
+Cost:     about 40 CPU-minutes a seed; Ctrl-C is safe, the same command goes on; seeds may run in processes of their own
+
+A seed: SFT on the expert's transcripts of the hard world. Its policy plays the tasks of GRPO with live tools, which is
+recorded together with the expert's calls. From this store the arms train, all from the same weights, on the same tasks, with
+the same draws and the same number of rollouts. Every policy is then evaluated on the same unseen tasks with live tools.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cacherl_jax import metrics
+from cacherl_jax.cache.entries import Recording
+from cacherl_jax.cache.fit import fit
+from cacherl_jax.cache.fit import write as write_fitted
+from cacherl_jax.cache.imports import describe
+from cacherl_jax.cache.lookup import CachedTools, recordings
+from cacherl_jax.cache.snapshot import snapshot_id
+from cacherl_jax.cache.store import SQLiteStore
+from cacherl_jax.config import (
+    PAPER_CACHE,
+    CacheConfig,
+    Config,
+    DataConfig,
+    GrpoConfig,
+    OptimizerConfig,
+    SftConfig,
+    TokenizerConfig,
+)
+from cacherl_jax.corpus import live_tools
+from cacherl_jax.evaluate.process_accuracy import process_accuracy
+from cacherl_jax.model import qwen3
+from cacherl_jax.reward.answer import answer_reward
+from cacherl_jax.rollout import runner, stream
+from cacherl_jax.rollout.engine import Engine
+from cacherl_jax.run_directory import RunDirectory, write_json
+from cacherl_jax.stages import inputs, record, sft, think
+from cacherl_jax.tools import registry
+from cacherl_jax.train import grpo
+from cacherl_jax.trajectories.transcripts import read_transcripts
+from cacherl_jax.trajectory import Trajectory
+from cacherl_jax.types import Message, Task, Tier, ToolCall, ToolProvider, ToolSpec, Transcript
+
+HARD = ("no_call", "chain3", "chain4", "write_then_read", "error_recovery", "choose")
+SAMPLES = 4  # episodes of the initial policy that are recorded of each task
+EVALUATED = 0  # the sample of an evaluation's draws; greedy anyway
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What answers the calls of GRPO: live tools (cache None) or a store that holds `coverage` of the initial policy's calls."""
+
+    cache: CacheConfig | None
+    coverage: float = 1.0
+
+    @property
+    def tools(self) -> str:
+        return "live" if self.cache is None else "cache"
+
+
+OURS = CacheConfig(fuzzy_threshold=2.0, best_effort="off")  # exact after the same writes, adapted where certified, else a miss
+EXACT = replace(PAPER_CACHE, fuzzy_threshold=2.0, best_effort="off")
+ARMS = {
+    "live": Arm(None),
+    "ours 100": Arm(OURS),
+    "paper 100": Arm(PAPER_CACHE),
+    "exact 100": Arm(EXACT),
+    "ours 60": Arm(OURS, 0.6),
+    "paper 60": Arm(PAPER_CACHE, 0.6),
+    "exact 60": Arm(EXACT, 0.6),
+}
+
+
+def world(seed: int) -> Config:
+    """The hard world: no chains of two, no lookups; SFT on the expert alone leaves a third or more of it undone."""
+    return Config(
+        name="live_control",
+        seed=seed,
+        data=DataConfig(train_tasks=2000, validation_tasks=50, test_tasks=1000, demonstrators=("expert",), families=HARD),
+        tokenizer=TokenizerConfig(vocab_size=1100),
+        sft=SftConfig(steps=700, optimizer=OptimizerConfig(learning_rate=4.5e-3, adam_learning_rate=3e-3)),
+        grpo=GrpoConfig(
+            steps=30,
+            prompts=16,
+            group=8,
+            kl_coef=0.05,
+            checkpoint_every=10,
+            validate_every=30,
+            optimizer=OptimizerConfig(name="adamw", learning_rate=5e-4, warmup_steps=2, schedule="linear"),
+        ),
+    )
+
+
+def smoke(config: Config) -> Config:
+    """The same in seconds: nothing is learnt."""
+    return replace(
+        config,
+        data=replace(config.data, train_tasks=30, validation_tasks=2, test_tasks=8),
+        tokenizer=TokenizerConfig(vocab_size=680),
+        model=replace(config.model, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48),
+        sft=replace(config.sft, steps=4),
+        rollout=replace(config.rollout, rows=8, max_turn_tokens=24, max_sampled_tokens=60),
+        grpo=replace(config.grpo, steps=2, prompts=2, group=2, validate_every=2),
+    )
+
+
+class Seed:
+    """One seed's folder: the initial policy, its recording, and an arm a folder."""
+
+    def __init__(self, out: Path, config: Config) -> None:
+        self.out, self.run = out, RunDirectory(out / "initial", config)
+        for stage in (record.record, think.think, sft.supervised):
+            stage(self.run, QUIET)
+        self.config = inputs.model_config(self.run)
+        self.specs, self.tok = inputs.load_specs(self.run), inputs.load_tokenizer(self.run)
+        grpo_config = self.config.grpo
+        self.trained = inputs.load_tasks(self.run, "train")[: grpo_config.steps * grpo_config.prompts]
+        self.engine = Engine.of_run(self.config, self.tok.stop_ids)
+
+    def initial(self) -> qwen3.Qwen3:
+        return inputs.load_policy(self.run, "sft", self.config)
+
+    def play(
+        self, policy: qwen3.Qwen3, episodes: Sequence[tuple[Task, int]], tools: ToolProvider | None, path: Path, temperature: float
+    ) -> tuple[list[Trajectory], int]:
+        """Trajectories, kept in a file as they end, and the number of live calls that all of them took."""
+        assert tools is not None, "the world's tools can be run"
+        rollout = replace(self.config.rollout, temperature=temperature)
+        with stream.TrajectoryStream(path) as streamed:
+            played = runner.run(
+                self.engine, self.engine.place(policy), self.tok, self.specs, episodes, tools, rollout, self.config.seed,
+                finished=stream.read_stream(path).values(), on_done=streamed,
+            )  # fmt: skip
+        return played, sum(o.tier is Tier.LIVE for t in played for o in t.observations)
+
+    def recorded(self) -> tuple[list[Transcript], int]:
+        """What the initial policy did with live tools on the tasks of GRPO, and how many live calls that took."""
+        episodes = [(task, sample) for task in self.trained for sample in range(SAMPLES)]
+        played, calls = self.play(
+            self.initial(),
+            episodes,
+            live_tools(self.config, "train"),
+            self.out / "recording.jsonl",
+            self.config.rollout.temperature,
+        )
+        return [as_transcript(t) for t in played], calls
+
+    def store(self, name: str, arm: Arm) -> tuple[SQLiteStore, dict[str, Any]]:
+        """The arm's store, made anew, and what it holds of the initial policy's calls."""
+        assert arm.cache is not None
+        by_policy, _ = self.recorded()
+        expert, _ = read_transcripts(self.run.out / "record" / "transcripts.jsonl")
+        kept = kept_keys(by_policy, self.specs, arm.coverage, self.config.seed)
+        asked = Counter(r.key for t in by_policy for r in recordings(t, self.specs, "state"))
+        path = self.out / name / "store.sqlite"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        store = SQLiteStore(path, mode="rw")
+        dropped = asked.keys() - kept
+        describe(store, self.specs, arm.cache.key, {"source": "the expert and the initial policy on the embedded world"})
+        with store.transaction():
+            for transcript in (*expert, *by_policy):
+                for key, recording in keyed(transcript, self.specs, arm.cache):
+                    if key not in dropped:
+                        store.add(recording)
+        if arm.cache.fidelity == "fitted":
+            write_fitted(store, fit(store, self.specs, arm.cache))
+        held = sum(n for key, n in asked.items() if key in kept) / max(1, sum(asked.values()))
+        return store, {"snapshot": snapshot_id(store), "initial_policy_calls_held": held}
+
+    def arm(self, name: str, arm: Arm) -> None:
+        """Trains and evaluates one arm, unless that is done; result.json is written last."""
+        folder = self.out / name
+        if (folder / "result.json").is_file():
+            return
+        start = time.process_time()
+        config = replace(self.config, grpo=replace(self.config.grpo, tools=arm.tools), cache=arm.cache or self.config.cache)
+        facts: dict[str, Any] = {}
+        tools: ToolProvider | None = live_tools(config, "train")
+        if arm.cache is not None:
+            store, facts = self.store(name, arm)
+            tools = CachedTools(store, self.specs, arm.cache, config.seed)
+        assert tools is not None
+        held_out, unseen = inputs.load_tasks(self.run, "validation"), inputs.open_cache(self.run, "validation", self.specs)
+
+        def validate(engine: Engine, model: qwen3.Qwen3) -> float:
+            greedy = replace(config.rollout, temperature=0.0)
+            played = runner.run(
+                engine, model, self.tok, self.specs, [(task, EVALUATED) for task in held_out], unseen, greedy, config.seed
+            )
+            return sum(process_accuracy(t, r.calls_made, self.specs) for t, r in zip(held_out, played, strict=True)) / len(played)
+
+        before = registry.live_call_count()
+        policy, _ = grpo.train(
+            config, self.initial(), self.tok, self.trained, self.specs, tools, folder / "grpo", base=self.run.out / "sft",
+            validate=validate, progress=PROGRESS,
+        )  # fmt: skip
+        facts["live_calls_of_rl"] = registry.live_call_count() - before
+        facts["rollouts"] = config.grpo.steps * config.grpo.prompts * config.grpo.group
+        facts["steps"] = [row for row in metrics.read_metrics(folder / "grpo" / "metrics.jsonl") if "tiers" in row]
+        facts |= self.evaluated(policy, folder)
+        facts["cpu_seconds"] = round(time.process_time() - start, 1)
+        write_json(folder / "result.json", facts)
+
+    def evaluated(self, policy: qwen3.Qwen3, folder: Path) -> dict[str, Any]:
+        """Greedy on the test tasks with live tools: a number a task, so that arms can be compared task by task."""
+        tasks = inputs.load_tasks(self.run, "test")
+        path = folder / "evaluation.jsonl"
+        played, _ = self.play(policy, [(task, EVALUATED) for task in tasks], live_tools(self.config, "test"), path, 0.0)
+        return {
+            "families": [task.family for task in tasks],
+            "process": [process_accuracy(task, t.calls_made, self.specs) for task, t in zip(tasks, played, strict=True)],
+            "answer": [round(answer_reward(task, t), 4) for task, t in zip(tasks, played, strict=True)],
+            "calls": sum(len(t.calls) for t in played) / len(played),
+        }
+
+    def sft_result(self) -> None:
+        """The initial policy's own result, with the cost of recording it."""
+        folder = self.out / "sft"
+        if not (folder / "result.json").is_file():
+            transcripts, calls = self.recorded()
+            facts = self.evaluated(self.initial(), folder)
+            facts |= {"recorded_episodes": len(transcripts), "live_calls_of_recording": calls}
+            write_json(folder / "result.json", facts)
+
+
+def as_transcript(trajectory: Trajectory) -> Transcript:
+    """The episode's live calls with their results: what a recording proxy would have seen."""
+    messages: list[Message] = []
+    for i, o in enumerate(o for o in trajectory.observations if o.tier is Tier.LIVE):
+        call = ToolCall(o.call.name, o.call.arguments, id=f"call_{i}")
+        messages.append(Message("assistant", tool_calls=(call,)))
+        messages.append(Message("tool", o.result.content, tool_call_id=call.id, error=o.result.error))
+    return Transcript(f"{trajectory.task_id}/policy/{trajectory.sample}", trajectory.task_id, "policy", (), tuple(messages))
+
+
+def keyed(transcript: Transcript, specs: Mapping[str, ToolSpec], cache: CacheConfig) -> Iterator[tuple[bytes, Recording]]:
+    """The recordings as this cache keys them, each under its key with the earlier writes: the same calls for every arm."""
+    full = recordings(transcript, specs, "state")
+    for whole, recording in zip(full, recordings(transcript, specs, cache.key), strict=True):
+        yield whole.key, recording
+
+
+def kept_keys(transcripts: Sequence[Transcript], specs: Mapping[str, ToolSpec], coverage: float, seed: int) -> set[bytes]:
+    """Keys in an order drawn by `seed`, until they are at least `coverage` of all calls made."""
+    asked = Counter(r.key for t in transcripts for r in recordings(t, specs, "state"))
+    order = sorted(asked, key=lambda key: hashlib.sha256(b"%d %b" % (seed, key)).digest())
+    kept: set[bytes] = set()
+    held = 0
+    for key in order:
+        if held >= coverage * sum(asked.values()):
+            break
+        kept.add(key)
+        held += asked[key]
+    return kept
+
+
+QUIET = metrics.progress_factory(enabled=False)
+PROGRESS = metrics.progress_factory(enabled=os.isatty(2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--smoke", action="store_true", help="a model that learns nothing, in seconds")
+    args = parser.parse_args()
+    for number in args.seeds:
+        config = smoke(world(number)) if args.smoke else world(number)
+        seed = Seed(args.out / f"seed{number}", config)
+        seed.sft_result()
+        for name in args.arms:
+            seed.arm(name, ARMS[name])
+            facts = json.loads((seed.out / name / "result.json").read_text())
+            print(f"seed {number}, {name}: {sum(facts['process']) / len(facts['process']):.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
