@@ -178,7 +178,7 @@ class Seed:
                         store.add(recording)
         if arm.cache.fidelity == "fitted":
             write_fitted(store, fit(store, self.specs, arm.cache))
-        held = sum(n for key, n in asked.items() if key in kept) / max(1, sum(asked.values()))
+        held = sum(asked[key] for key in kept) / sum(asked.values()) if asked else None
         return store, {"snapshot": snapshot_id(store), "initial_policy_calls_held": held}
 
     def arm(self, name: str, arm: Arm) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cacherl_jax.evaluate.intervals import bootstrap_mean, paired_difference, wilson
+from cacherl_jax.evaluate.intervals import bootstrap_mean, hierarchical, paired_difference, wilson
 from cacherl_jax.evaluate.process_accuracy import evaluate, milestone_share, process_accuracy
 from cacherl_jax.trajectory import StopReason, Trajectory
 from cacherl_jax.types import Kind, Observation, Task, Tier, ToolCall, ToolResult, ToolSpec
@@ -80,3 +80,20 @@ def test_bootstrap_covers_as_a_normal_interval_would():
     assert gain.low == pytest.approx(0.1, abs=0.01) and gain.high == pytest.approx(0.1, abs=0.01)
     with pytest.raises(ValueError, match="2 and 1"):
         paired_difference([1, 2], [1], seed=0, draws=10)
+
+
+def test_an_interval_over_runs_and_tasks_holds_the_mean_over_runs_not_seen():
+    """Runs whose true accuracies vary: tasks alone would give an interval that misses the mean of all runs far too often."""
+    rng = np.random.default_rng(0)
+    held, blind = 0, 0
+    for trial in range(60):
+        runs = [(rng.random(300) < p).astype(float) for p in 0.6 + 0.06 * rng.standard_normal(8)]
+        over_both = hierarchical(runs, seed=trial, draws=500)
+        over_tasks = bootstrap_mean(np.concatenate(runs), draws=500)
+        held += over_both.low <= 0.6 <= over_both.high
+        blind += over_tasks.low <= 0.6 <= over_tasks.high
+        assert over_both.mean == pytest.approx(np.mean([run.mean() for run in runs]))
+    assert held >= 50 and blind < held - 5
+    assert hierarchical([[1.0, 1.0], [1.0]]).low == 1.0
+    with pytest.raises(ValueError, match="at least one"):
+        hierarchical([[0.5], []])

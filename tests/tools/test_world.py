@@ -4,9 +4,11 @@ import copy
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import pytest
 
+from cacherl_jax.config.data import WorldFamily
 from cacherl_jax.evaluate.process_accuracy import process_accuracy
 from cacherl_jax.tools import registry
 from cacherl_jax.tools.record import record
@@ -65,6 +67,10 @@ def test_splits_share_neither_entities_nor_wordings(tasks):
 
 def test_the_same_seed_gives_the_same_tasks_and_another_does_not():
     assert make_tasks("train", 50, 1) == make_tasks("train", 200, 1)[:50] != make_tasks("train", 50, 2)
+    chosen = make_tasks("train", 300, 1, ("chain4", "choose"))
+    assert {task.family for task in chosen} == {"chain4", "choose"}
+    assert 100 < sum(task.family == "choose" for task in chosen) < 200  # in equal shares
+    assert set(get_args(WorldFamily)) == set(FAMILIES)
     with pytest.raises(ValueError, match="'dev' is none of train"):
         make_tasks("dev", 1, 0)
 

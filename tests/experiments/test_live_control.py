@@ -1,0 +1,50 @@
+"""The headline experiment from end to end, with a model that learns nothing."""
+
+import json
+import runpy
+import sys
+from collections import Counter
+from pathlib import Path
+
+from cacherl_jax.cache.lookup import recordings
+from cacherl_jax.tools.record import record
+from cacherl_jax.tools.world import LiveTools, make_tasks, tool_specs
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "live_control"
+
+
+def test_arms_share_tasks_and_weights_and_only_the_live_one_calls_tools(tmp_path, monkeypatch, capsys):
+    command = ["run.py", "--smoke", "--seeds", "0", "--out", str(tmp_path), "--arms", "live", "ours 60"]
+    monkeypatch.setattr(sys, "argv", command)
+    module = runpy.run_path(str(FOLDER / "run.py"), run_name="__main__")
+    results = {arm: json.loads((tmp_path / "seed0" / arm / "result.json").read_text()) for arm in ("sft", "live", "ours 60")}
+    live, cached = results["live"], results["ours 60"]
+    assert cached["live_calls_of_rl"] == 0
+    assert live["rollouts"] == cached["rollouts"] == 8
+    assert results["sft"]["recorded_episodes"] == 4 * module["SAMPLES"]
+    assert len({len(r["process"]) for r in results.values()}) == 1
+    assert live["steps"][0]["sampled_tokens"] > 0 and len(live["steps"]) == len(cached["steps"]) == 2
+    # All arms begin with the same weights and draws: until a tool answers otherwise, they say the same.
+    first = [
+        (tmp_path / "seed0" / arm / "grpo" / "rollouts" / "00000.jsonl").read_text().splitlines() for arm in ("live", "ours 60")
+    ]
+    turns = [[json.loads(line)["tokens"][:100] for line in lines] for lines in first]
+    assert turns[0] == turns[1]
+    before = capsys.readouterr().out
+    runpy.run_path(str(FOLDER / "run.py"), run_name="__main__")  # done: only read
+    assert capsys.readouterr().out == before
+
+
+def test_a_store_holds_the_stated_share_of_calls_whatever_its_key():
+    module = runpy.run_path(str(FOLDER / "run.py"))
+    specs, seed = tool_specs(), 1
+    transcripts = list(record(make_tasks("train", 120, seed, module["HARD"]), ["wanderer"], LiveTools("train", seed), specs, seed))
+    asked = Counter(r.key for t in transcripts for r in recordings(t, specs, "state"))
+    kept = module["kept_keys"](transcripts, specs, 0.6, seed)
+    assert 0.6 <= sum(asked[key] for key in kept) / asked.total() < 0.62
+    assert kept < module["kept_keys"](transcripts, specs, 1.0, seed) == asked.keys()
+    assert kept != module["kept_keys"](transcripts, specs, 0.6, seed + 1)
+    for cache in (module["OURS"], module["PAPER_CACHE"]):
+        pairs = [pair for t in transcripts for pair in module["keyed"](t, specs, cache)]
+        assert Counter(key for key, _ in pairs) == asked  # the same calls are left out for every arm
+        assert [r for _, r in pairs] == [r for t in transcripts for r in recordings(t, specs, cache.key)]
