@@ -4,8 +4,8 @@ Command:  python experiments/live_control/run.py --seeds 0 1 2 3 4 --out runs/li
           python experiments/live_control/figure.py runs/live_control
 Cost:     about 40 CPU-minutes a seed; Ctrl-C is safe, the same command goes on; seeds may run in processes of their own
 
-A seed: SFT on the expert's transcripts of the hard world. Its policy plays the tasks of GRPO with live tools, which is
-recorded together with the expert's calls. From this store the arms train, all from the same weights, on the same tasks, with
+A seed: SFT on the demonstrators' transcripts of the hard world. Its policy plays the tasks of GRPO with live tools, which is
+recorded together with the demonstrators' calls. From this store the arms train, all from the same weights, on the same tasks, with
 the same draws and the same number of rollouts. Every policy is then evaluated on the same unseen tasks with live tools.
 """
 
@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -162,23 +162,22 @@ class Seed:
         """The arm's store, made anew, and what it holds of the initial policy's calls."""
         assert arm.cache is not None
         by_policy, _ = self.recorded()
-        expert, _ = read_transcripts(self.run.out / "record" / "transcripts.jsonl")
-        kept = kept_keys(by_policy, self.specs, arm.coverage, self.config.seed)
-        asked = Counter(r.key for t in by_policy for r in recordings(t, self.specs, "state"))
+        demonstrated, _ = read_transcripts(self.run.out / "record" / "transcripts.jsonl")
+        kept = kept_keys(by_policy, demonstrated, self.specs, arm.coverage, self.config.seed)
+        asked = calls_by_key(by_policy, self.specs)
         path = self.out / name / "store.sqlite"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         store = SQLiteStore(path, mode="rw")
-        dropped = asked.keys() - kept
         describe(store, self.specs, arm.cache.key, {"source": "the expert and the initial policy on the embedded world"})
         with store.transaction():
-            for transcript in (*expert, *by_policy):
+            for transcript in (*demonstrated, *by_policy):
                 for key, recording in keyed(transcript, self.specs, arm.cache):
-                    if key not in dropped:
+                    if key in kept:
                         store.add(recording)
         if arm.cache.fidelity == "fitted":
             write_fitted(store, fit(store, self.specs, arm.cache))
-        held = sum(asked[key] for key in kept) / sum(asked.values()) if asked else None
+        held = sum(asked[key] for key in kept) / asked.total() if asked else None
         return store, {"snapshot": snapshot_id(store), "initial_policy_calls_held": held}
 
     def arm(self, name: str, arm: Arm) -> None:
@@ -254,18 +253,27 @@ def keyed(transcript: Transcript, specs: Mapping[str, ToolSpec], cache: CacheCon
         yield whole.key, recording
 
 
-def kept_keys(transcripts: Sequence[Transcript], specs: Mapping[str, ToolSpec], coverage: float, seed: int) -> set[bytes]:
-    """Keys in an order drawn by `seed`, until they are at least `coverage` of all calls made."""
-    asked = Counter(r.key for t in transcripts for r in recordings(t, specs, "state"))
-    order = sorted(asked, key=lambda key: hashlib.sha256(b"%d %b" % (seed, key)).digest())
+def kept_keys(
+    by_policy: Sequence[Transcript], others: Sequence[Transcript], specs: Mapping[str, ToolSpec], coverage: float, seed: int
+) -> set[bytes]:
+    """Keys of all transcripts in an order drawn by `seed`, until they are at least `coverage` of the calls made by the policy;
+    with a coverage of 1 all."""
+    asked = calls_by_key(by_policy, specs)
+    if coverage == 1:
+        return {*asked, *calls_by_key(others, specs)}
     kept: set[bytes] = set()
     held = 0
-    for key in order:
-        if held >= coverage * sum(asked.values()):
+    for key in sorted({*asked, *calls_by_key(others, specs)}, key=lambda key: hashlib.sha256(b"%d %b" % (seed, key)).digest()):
+        if held >= coverage * asked.total():
             break
         kept.add(key)
         held += asked[key]
     return kept
+
+
+def calls_by_key(transcripts: Iterable[Transcript], specs: Mapping[str, ToolSpec]) -> Counter[bytes]:
+    """How often each call was made; the same call after other writes to what it reads is another."""
+    return Counter(r.key for t in transcripts for r in recordings(t, specs, "state"))
 
 
 QUIET = metrics.progress_factory(enabled=False)
