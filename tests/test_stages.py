@@ -142,7 +142,7 @@ def test_a_run_on_eight_devices(tmp_path):
     """data 2 x fsdp 2 x tp 2, from recording to the report, on simulated devices."""
     sets = {
         "mesh.data": 2, "mesh.fsdp": 2, "mesh.tp": 2, "model.num_kv_heads": 2, "sft.steps": 2, "grpo.steps": 1,
-        "grpo.minibatches": 2,
+        "grpo.minibatches": 2, "grpo.ratio": "sequence", "grpo.importance": "sequence", "grpo.aggregation": "sequence_mean",
     }  # fmt: skip
     # Most of the time goes to compiling programs that run once: they need not be fast.
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
