@@ -76,7 +76,8 @@ def token_ratio(log_ratio_BT: jax.Array, mask_BT: jax.Array, segment_ids_BT: jax
 
 def sequence_ratio(log_ratio_BT: jax.Array, mask_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """The geometric mean over the sampled tokens of the token's episode, so that clipping takes whole episodes: GSPO, arXiv
-    2507.18071, equations 5 and 7, whose loss it is with `grpo.aggregation` "sequence_mean"."""
+    2507.18071, equations 5 and 7, whose loss it is with `grpo.aggregation` "sequence_mean". It stays much nearer to 1 than a
+    token's, and its clips are smaller: 3e-4 and 4e-4 there."""
     counts_BT = over_segments((mask_BT > 0).astype(jnp.float32), segment_ids_BT)
     return jnp.exp(over_segments(log_ratio_BT, segment_ids_BT) / jnp.maximum(counts_BT, 1.0))
 

@@ -49,9 +49,9 @@ def test_every_combination_equals_its_formula_and_differs_from_the_others(tier):
         seen.append(found)
         if tier != "calibrated" or baseline == "mean":
             assert abs(found.sum()) < 1e-12
-        equal = np.full(6, 0.1 + 0.2)  # whose mean rounds to another number
-        assert not advantages(grpo, tier, equal, equal, weight if tier == "calibrated" else equal).any()
-        assert advantages(grpo, tier, equal, equal, equal, shaping).any()
+        for equal in (np.full(6, 0.1), np.full(6, 0.9)):  # whose mean, plain or weighted, rounds to another number
+            assert not advantages(grpo, tier, equal, equal, weight if tier == "calibrated" else equal).any()
+            assert advantages(grpo, tier, equal, equal, equal, shaping).any()
 
 
 def test_the_size_of_advantages_says_what_the_kl_coefficient_means():
