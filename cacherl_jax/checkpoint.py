@@ -1,7 +1,8 @@
-"""Checkpoints by orbax: the model as a nested dict under our own names, the optimizer's state, the number of updates.
+"""Checkpoints by orbax: the model as a nested dict under our own names, the optimizer's state, the number of updates; and
+where it does not follow from the step, the position in the data, in the JSON beside them.
 
-That is all there is to save: batches, their order and every random key are functions of (seed, number of updates), so that
-a run which goes on from a checkpoint meets the same ones. Arrays are restored onto whatever mesh the reader names.
+That is all there is to save: batches, their order and every random key are functions of (seed, step, position), so that a
+run which goes on from a checkpoint meets the same ones. Arrays are restored onto whatever mesh the reader names.
 """
 
 from __future__ import annotations
@@ -52,17 +53,21 @@ class Checkpoints:
         with self._writer:
             self._writer.submit(self._manager.close).result()
 
-    def save(self, step: int, state: TrainState, metric: float | None = None) -> None:
-        """Saves the state after `step` updates; once is enough. Waits for the save before it, not for this one.
+    def save(self, step: int, state: TrainState, metric: float | None = None, position: int | None = None) -> None:
+        """Saves the state after `step` steps; once is enough. Waits for the save before it, not for this one.
 
         Raises what went wrong in the save before; leaving the `with` raises what went wrong in the last.
         """
         if step > 0 and self._manager.latest_step() != step:
-            self._writer.submit(self._begin, step, _tree(state), {"metric": metric} if self._best else None).result()
+            metrics = {"metric": metric} if self._best else None
+            about = None if position is None else {"position": position}
+            self._writer.submit(self._begin, step, _tree(state), metrics, about).result()
 
-    def _begin(self, step: int, tree: dict[str, Any], metrics: dict[str, float | None] | None) -> None:
+    def _begin(
+        self, step: int, tree: dict[str, Any], metrics: dict[str, float | None] | None, about: dict[str, Any] | None
+    ) -> None:
         args = ocp.args.PyTreeSave(tree, save_args=save_args(tree), ocdbt_target_data_file_size=FILE_BYTES)
-        self._manager.save(step, args=args, metrics=metrics)
+        self._manager.save(step, args=args, metrics=metrics, custom_metadata=about)
 
     def restore(self, like: TrainState) -> tuple[int, TrainState] | None:
         """The newest checkpoint, as `like` says: arrays, or their shapes with shardings. None where there is none."""
@@ -72,6 +77,11 @@ class Checkpoints:
         tree = self._manager.restore(step, args=_restore_args(_tree(like)))
         opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), tree["optimizer"])
         return step, TrainState(_from_dict(like.model, tree["model"]), opt_state, tree["step"])
+
+    def position(self) -> int | None:
+        """The position that the newest checkpoint was saved with; None where there is none."""
+        step = self._manager.latest_step()
+        return None if step is None else (self._manager.metadata(step).custom_metadata or {}).get("position")
 
 
 def restore_model(directory: Path, like: qwen3.Qwen3) -> qwen3.Qwen3:

@@ -294,11 +294,11 @@ class ToolProvider(Protocol):
 class Batch:
     """Rows for one training step; a jax pytree (registered in train/step.py, so that this file needs no jax).
 
-    tokens_BT int32; loss_mask_BT float32, 1 where token t was written by the policy and is to be predicted from
-    tokens < t; segment_ids_BT int32, 0 is padding, neighbours in a row differ; advantages_BT float32, that of the token's
-    episode; behavior_logprobs_BT (by what the token was drawn from), ref_logprobs_BT and old_logprobs_BT (by the policy
-    before the step's first update; None: it is the present one) float32, aligned with tokens (entry t is the logprob of
-    token t). Zeros and None in SFT.
+    tokens_BT int32; loss_mask_BT float32, above 0 where token t was written by the policy and is to be predicted from
+    tokens < t: its weight in the loss, 1 if nothing says otherwise; segment_ids_BT int32, 0 is padding, neighbours in a row
+    differ; advantages_BT float32, that of the token's episode; behavior_logprobs_BT (by what the token was drawn from),
+    ref_logprobs_BT and old_logprobs_BT (by the policy before the step's first update; None: it is the present one) float32,
+    aligned with tokens (entry t is the logprob of token t). Zeros and None in SFT.
     """
 
     tokens_BT: Any

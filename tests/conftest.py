@@ -39,9 +39,9 @@ def check_shapes_in_names(module) -> None:
 check_shapes_in_names(attention)  # before qwen3 takes its function from there
 
 from cacherl_jax.model import qwen3  # noqa: E402
-from cacherl_jax.train import losses  # noqa: E402
+from cacherl_jax.train import losses, policy_loss  # noqa: E402
 
-for checked in (qwen3, losses):
+for checked in (qwen3, losses, policy_loss):
     check_shapes_in_names(checked)
 
 

@@ -33,6 +33,11 @@ def test_json_round_trip_keeps_every_field():
         ("rollout.max_sampled_tokens=7", "max_sampled_tokens=7 opens no turn at all: one needs room for 8 tokens"),
         ("grpo.minibatches=129", "minibatches=129 is above grpo.prompts x grpo.group = 128"),
         ("grpo.packed_length=128", "packed_length=128 is below rollout.context=256"),
+        ("grpo.stops.soft_tokens=9", "soft_tokens=9 softens the penalty of the token cap.*'keep'; set it to 'penalty'"),
+        ('grpo.stops={"token_cap": "penalty", "soft_tokens": 400}', "soft_tokens=400 is above rollout.max_sampled_tokens=320"),
+        ('grpo={"group": 1, "baseline": "leave_one_out"}', "baseline='leave_one_out' needs other episodes.*grpo.group is 1"),
+        ('grpo={"importance": "none", "beyond_cap": "mask"}', "beyond_cap='mask' needs weights.*'none'"),
+        ("grpo.watch.think=1", "grpo.watch.think = 1: Input should be greater than 1"),
     ],
 )
 def test_wrong_overrides_name_the_field_the_value_and_what_is_allowed(override, message):

@@ -57,7 +57,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reward": THIRD,
     "evaluate": THIRD | {"rollout", "reward"},
     "train.losses": FIRST | {"mesh"},  # no model: hidden states come as arrays
-    "train.step": FIRST | {"mesh", "model", "train.losses"},
+    "train.policy_loss": FIRST | {"train.losses"},
+    "train.step": FIRST | {"mesh", "model", "train.losses", "train.policy_loss"},
     "model_folder": FIRST | {"mesh", "model"},
     "checkpoint": FIRST | {"mesh", "model", "train.step", "model_folder"},
     "adapter_folder": FIRST | {"mesh", "model", "processes", "train.step", "checkpoint"},

@@ -1,5 +1,7 @@
 """A whole run, small: by the command line, from the cache, through interruptions and wrong input."""
 
+import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -10,13 +12,14 @@ import threading
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from cacherl_jax import checkpoint, cli
 from cacherl_jax.cache.store import Recording, SQLiteStore
 from cacherl_jax.rollout import stream
-from cacherl_jax.train import grpo
-from cacherl_jax.types import ToolResult
+from cacherl_jax.train import groups, grpo
+from cacherl_jax.types import Task, ToolResult
 
 SMALL = {
     "data.train_tasks": 30, "data.validation_tasks": 4, "data.test_tasks": 12, "tokenizer.vocab_size": 680,
@@ -142,7 +145,7 @@ def test_a_run_on_eight_devices(tmp_path):
     """data 2 x fsdp 2 x tp 2, from recording to the report, on simulated devices."""
     sets = {
         "mesh.data": 2, "mesh.fsdp": 2, "mesh.tp": 2, "model.num_kv_heads": 2, "sft.steps": 2, "grpo.steps": 1,
-        "grpo.minibatches": 2,
+        "grpo.minibatches": 2, "grpo.ratio": "sequence", "grpo.importance": "sequence", "grpo.aggregation": "sequence_mean",
     }  # fmt: skip
     # Most of the time goes to compiling programs that run once: they need not be fast.
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
@@ -275,3 +278,44 @@ def test_ctrl_c_anywhere_in_training_loses_nothing(finished, tmp_path, capsys, m
     assert losses(tmp_path, "grpo") == losses(finished, "grpo")
     rollouts = [f"grpo/rollouts/{step:05d}.jsonl" for step in range(3)]
     assert [digests(tmp_path / name) for name in rollouts] == [digests(finished / name) for name in rollouts]
+
+
+def test_groups_that_teach_nothing_are_replaced_also_in_a_run_that_was_killed(finished, tmp_path, monkeypatch):
+    """Of the tasks in their order some are made to teach: the first step replaces one group, the second finds none and makes
+    no update, the third replaces one, and there the second run is killed; what it had played is not played again."""
+    tasks = [Task.from_json(json.loads(line)) for line in (finished / "record" / "tasks.train.jsonl").read_text().splitlines()]
+    order = [task.id for task in groups.tasks_at(tasks, 0, 10, 0)]
+    teaching = {order[position] for position in (0, 2, 7, 9)}
+    score, keep, kept = grpo.score_groups, stream.TrajectoryStream.__call__, []
+
+    def planted(tasks, trajectories, *rest):
+        advantage_N = [(i - 1.0) * (task.id in teaching) for task in tasks for i in range(SMALL["grpo.group"])]
+        return dataclasses.replace(score(tasks, trajectories, *rest), advantage_N=np.array(advantage_N))
+
+    def killed(self, trajectory):
+        kept.append((trajectory.task_id, trajectory.sample))
+        if len(kept) == 3 * (3 + 4 + 2) + 2:
+            raise RuntimeError("killed")
+        keep(self, trajectory)
+
+    def run(name):
+        for part in ("run.json", "record", "think", "sft"):
+            copy = functools.partial(shutil.copytree, dirs_exist_ok=True) if (finished / part).is_dir() else shutil.copy
+            copy(finished / part, tmp_path / name / part)
+        assert cli.main(arguments("grpo", tmp_path / name, **{"grpo.extra_rounds": 1, "grpo.validate_every": 9})) == 0
+        return losses(tmp_path / name, "grpo"), [digests(tmp_path / name / f"grpo/rollouts/{i:05d}.jsonl") for i in range(3)]
+
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "killed").mkdir()
+    monkeypatch.setattr(grpo, "score_groups", planted)
+    straight = run("straight")
+    made = [row for row in straight[0] if "groups" in row]
+    assert [tuple(row["groups"].values()) for row in made] == [(3, 1, 2), (4, 4, 2), (3, 1, 2)]  # played, dropped, rounds
+    assert [row["advantage_rms"] > 0 for row in made] == ["loss" in row for row in made] == [True, False, True]
+    monkeypatch.setattr(stream.TrajectoryStream, "__call__", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        run("killed")
+    before = set(kept[:-1])
+    assert run("killed") == straight
+    again = kept[len(before) + 1 :]
+    assert len(again) == 2 and not before & set(again)

@@ -4,10 +4,11 @@ whole run and its way from and to JSON."""
 from cacherl_jax.config.basics import ConfigError, EndpointConfig
 from cacherl_jax.config.cache import PAPER_CACHE, CacheConfig, SimulatorConfig
 from cacherl_jax.config.data import DataConfig, TokenizerConfig
+from cacherl_jax.config.grpo import GrpoConfig, StopRules, WatchConfig
 from cacherl_jax.config.model import LoraConfig, MemoryConfig, MeshConfig, ModelConfig, YarnConfig
 from cacherl_jax.config.rollout import MIN_TURN, EvalConfig, RolloutConfig
 from cacherl_jax.config.run import Config, load_config, with_overrides
-from cacherl_jax.config.training import GrpoConfig, OptimizerConfig, SftConfig
+from cacherl_jax.config.training import OptimizerConfig, SftConfig
 
 __all__ = [
     "MIN_TURN",
@@ -27,7 +28,9 @@ __all__ = [
     "RolloutConfig",
     "SftConfig",
     "SimulatorConfig",
+    "StopRules",
     "TokenizerConfig",
+    "WatchConfig",
     "YarnConfig",
     "load_config",
     "with_overrides",

@@ -19,9 +19,10 @@ import pydantic
 from cacherl_jax.config.basics import ConfigError, Count, require
 from cacherl_jax.config.cache import CacheConfig
 from cacherl_jax.config.data import DataConfig, TokenizerConfig
+from cacherl_jax.config.grpo import GrpoConfig
 from cacherl_jax.config.model import MemoryConfig, MeshConfig, ModelConfig
 from cacherl_jax.config.rollout import EvalConfig, RolloutConfig
-from cacherl_jax.config.training import GrpoConfig, SftConfig
+from cacherl_jax.config.training import SftConfig
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Config:
             not self.grpo.packed_length or self.grpo.packed_length >= self.rollout.context,
             f"grpo.packed_length={self.grpo.packed_length} is below rollout.context={self.rollout.context}; "
             "an episode of that many tokens would fit into no row",
+        )
+        require(
+            self.grpo.stops.soft_tokens <= self.rollout.max_sampled_tokens,
+            f"grpo.stops.soft_tokens={self.grpo.stops.soft_tokens} is above rollout.max_sampled_tokens="
+            f"{self.rollout.max_sampled_tokens}; every episode would be penalised",
         )
 
     @property

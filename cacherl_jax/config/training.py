@@ -1,4 +1,4 @@
-"""Optimizer, SFT, GRPO."""
+"""The optimizer, and SFT."""
 
 from __future__ import annotations
 
@@ -38,30 +38,3 @@ class SftConfig:
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint_every: Positive = 200
-
-
-@dataclass(frozen=True)
-class GrpoConfig:
-    steps: Positive = 20
-    tools: Literal["cache", "live"] = "cache"  # live: the control, for corpora whose tools can be run
-    prompts: Positive = 8
-    group: Positive = 16
-    advantage: Literal["paper", "calibrated"] = "calibrated"
-    process_weight: Rate = 0.5  # c of the calibrated advantage
-    kl_coef: Rate = 0.02
-    clip_low: Share = 0.2
-    clip_high: Rate = 0.2
-    importance_cap: PositiveRate = 2.0  # of trainer's over sampler's probability of a token, a weight of its policy term
-    minibatches: Positive = 1  # optimizer steps a batch of rollouts
-    tokens_per_batch: Positive = 2048
-    packed_length: Count = 0  # as in SftConfig
-    lora: LoraConfig = LoraConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, adam_learning_rate=3e-4, warmup_steps=2, schedule="constant")
-    checkpoint_every: Positive = 5
-    validate_every: Positive = 5
-
-    def __post_init__(self) -> None:
-        require(
-            self.minibatches <= self.prompts * self.group,
-            f"grpo.minibatches={self.minibatches} is above grpo.prompts x grpo.group = {self.prompts * self.group} episodes",
-        )

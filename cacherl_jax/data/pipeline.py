@@ -17,7 +17,8 @@ from cacherl_jax.types import Batch
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sequence. tokens_T int32; mask_T bool, True where the token carries loss. The rest is GRPO's, see Batch."""
+    """One sequence. tokens_T int32; mask_T bool, True where the token carries loss. The rest is GRPO's, see Batch; loss_weight
+    is that of all its tokens that carry loss."""
 
     tokens_T: np.ndarray
     mask_T: np.ndarray
@@ -25,6 +26,7 @@ class Row:
     behavior_logprobs_T: np.ndarray | None = None
     ref_logprobs_T: np.ndarray | None = None
     old_logprobs_T: np.ndarray | None = None
+    loss_weight: float = 1.0
 
 
 def bucket_lengths(longest: int, shortest: int = 64) -> tuple[int, ...]:
@@ -70,7 +72,7 @@ def collate_packs(rows: Sequence[Row], packs: Packs, length: int, count: int) ->
     scored = all(rows[i].old_logprobs_T is not None for pack in packs for i in pack)
     return Batch(
         tokens_BT=filled(np.int32, lambda row, _: row.tokens_T),
-        loss_mask_BT=filled(np.float32, lambda row, _: row.mask_T),
+        loss_mask_BT=filled(np.float32, lambda row, _: row.mask_T * np.float32(row.loss_weight)),
         segment_ids_BT=filled(np.int32, lambda _, segment: segment),
         advantages_BT=filled(np.float32, lambda row, _: row.advantage),
         behavior_logprobs_BT=filled(np.float32, lambda row, _: row.behavior_logprobs_T),

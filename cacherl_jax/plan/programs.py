@@ -104,11 +104,7 @@ def training(config: Config, step: str, mesh: Mesh) -> tuple[list[Program], int,
     execution = qwen3.Execution(mesh, config.memory)
     gradients_of: Any = partial(steps.sft_gradients.lower, execution=execution)
     if step == "grpo":
-        g = config.grpo
-        gradients_of = partial(
-            steps.grpo_gradients.lower, clip_low=g.clip_low, clip_high=g.clip_high, kl_coef=g.kl_coef,
-            importance_cap=g.importance_cap, execution=execution,
-        )  # fmt: skip
+        gradients_of = partial(steps.grpo_gradients.lower, grpo=config.grpo, execution=execution)
     # With an adapter the frozen base is the reference.
     reference = bytes_of(model) if step == "grpo" and frozen is None else 0
     summed = bytes_of(trained) if work.batches > 1 else 0

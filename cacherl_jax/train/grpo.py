@@ -1,14 +1,14 @@
-"""GRPO from the cache. One step: sample a group of episodes a task, tools answered by the cache; score answer and process
-and weigh the answer by how faithfully the cache answered; center the scores in each group; push sampled tokens by their
-episode's advantage, clipped, weighted where the trainer finds them less or more likely than they were when drawn, with a KL
-penalty to the SFT model. Live tools are unreachable throughout, but in the control, which trains with nothing else.
+"""GRPO from the cache. One step: sample a group of episodes a task, tools answered by the cache, and further groups where
+some teach nothing (groups.py); score answer and process and weigh the answer by how faithfully the cache answered
+(scoring.py); center the scores in each group (advantages.py); push sampled tokens by their episode's advantage, clipped,
+weighted where the trainer finds them less or more likely than they were when drawn, with a KL penalty to the SFT model
+(policy_loss.py, aggregation.py). Live tools are unreachable throughout, but in the control, which trains with nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,34 +27,14 @@ from cacherl_jax.rollout import runner, stream
 from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.text.tokenizer import Tokenizer
 from cacherl_jax.tools import registry
-from cacherl_jax.train import agreement
+from cacherl_jax.train import advantages, aggregation, agreement, groups, stops, watch
 from cacherl_jax.train import step as steps
 from cacherl_jax.train.optimizer import make_optimizer
-from cacherl_jax.train.scoring import Scored, rollout_metrics, score_groups, write_rollouts
+from cacherl_jax.train.scoring import rollout_metrics, score_groups, write_rollouts
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Batch, Task, ToolProvider, ToolSpec
 
 Placed = Sequence[tuple[Batch, Packs]]  # batches on the mesh, with the places of the rows that they were made of
-
-
-def select_tasks(tasks: Sequence[Task], step: int, count: int, seed: int) -> list[Task]:
-    """The tasks of a step: epochs of permutations of all tasks, addressed by step, so that resuming needs no state."""
-    chosen = []
-    for position in range(step * count, (step + 1) * count):
-        epoch, index = divmod(position, len(tasks))
-        chosen.append(tasks[np.random.default_rng((seed, epoch)).permutation(len(tasks))[index]])
-    return chosen
-
-
-def episodes_of(tasks: Sequence[Task], group: int) -> list[tuple[Task, int]]:
-    """`group` episodes a task, one task after the other. A task that comes twice, at the turn of an epoch, gets further
-    samples: an episode is named by task and sample, and its draws follow from them."""
-    begun: Counter[str] = Counter()
-    episodes = []
-    for task in tasks:
-        episodes += [(task, begun[task.id] + i) for i in range(group)]
-        begun[task.id] += group
-    return episodes
 
 
 def train(
@@ -75,7 +55,7 @@ def train(
     `validate` gives process accuracy on the validation tasks (from the cache); the checkpoint where it was highest is kept
     beside the newest. Ctrl-C and SIGTERM save before they end the run. Of several processes each plays its share of the
     episodes; scores and updates are those of all. Returns the model and the number of live tool calls made: 0, or the run
-    ended in LiveToolError, unless `grpo.tools` is "live".
+    ended in LiveToolError, unless `grpo.tools` is "live". A step none of whose groups teaches anything makes no update.
 
     With `config.grpo.lora` an adapter of `reference` is trained: the reference is the policy without it, of which there is
     no second copy. The engine plays with merged weights, and the merged model is what the stage leaves. `base` is the
@@ -95,10 +75,9 @@ def train(
     execution = qwen3.Execution(devices, config.memory)
     lengths = (grpo.packed_length,) if grpo.packed_length else buckets
     attention.refuse_lengths(lengths, devices, execution.dtype(reference.config))
-    gradients_of = partial(
-        steps.grpo_gradients, clip_low=grpo.clip_low, clip_high=grpo.clip_high, kl_coef=grpo.kl_coef,
-        importance_cap=grpo.importance_cap, execution=execution,
-    )  # fmt: skip
+    gradients_of = partial(steps.grpo_gradients, grpo=grpo, execution=execution)
+    weigh = aggregation.AGGREGATIONS[grpo.aggregation]
+    closing = watch.closing_ids(tok)
 
     def first() -> Any:
         if frozen is None:
@@ -120,19 +99,24 @@ def train(
             batches = bucketed(rows, buckets, grpo.tokens_per_batch, ways)
         return [(mesh.place(batch, devices), packs) for batch, packs in batches]
 
-    def play(step: int, chosen: Sequence[Task], policy: qwen3.Qwen3, *, resumed: bool) -> list[Trajectory]:
-        """The episodes of a step by `policy`, as the engine holds it; `resumed`: some may have been played already."""
+    def play(step: int, position: int, policy: qwen3.Qwen3, *, resumed: bool) -> groups.Played:
+        """The groups of a step by `policy`, as the engine holds it; `resumed`: some episodes may have been played already."""
         # A task comes again in a later epoch: the step number keeps its samples apart.
         seed = int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0])
         path = _streamed(directory, step)
         if not resumed:
             path.unlink(missing_ok=True)
-        with stream.TrajectoryStream(path) as streamed:
-            finished = stream.read_stream(path).values()
-            return runner.run(
-                engine, policy, tok, specs, episodes_of(chosen, grpo.group), provider, config.rollout, seed,
-                finished=finished, on_done=streamed,
-            )  # fmt: skip
+
+        def run(episodes: Sequence[tuple[Task, int]]) -> list[Trajectory]:
+            with stream.TrajectoryStream(path) as streamed:
+                finished = stream.read_stream(path).values()
+                return runner.run(
+                    engine, policy, tok, specs, episodes, provider, config.rollout, seed, finished=finished, on_done=streamed
+                )
+
+        return groups.play_groups(
+            tasks, position, config.seed, grpo, run, lambda chosen, played: score_groups(chosen, played, specs, config)
+        )
 
     def score(model: qwen3.Qwen3, rows: Sequence[Row]) -> list[np.ndarray]:
         batches, logprobs = batches_of(rows), []
@@ -146,24 +130,30 @@ def train(
         parts: list[dict[str, float]] = []
         trainer: list[np.ndarray] = []
         for part in np.array_split(np.arange(len(rows)), grpo.minibatches):
-            chosen = [rows[i] for i in part]
+            if not len(part):  # fewer rows than updates
+                continue
+            chosen, divisor = weigh([rows[i] for i in part], config)
             batches = batches_of(chosen)
-            gradients, values, logprobs = steps.accumulate(gradients_of, state.model, frozen, [batch for batch, _ in batches])
+            gradients, values, logprobs = steps.accumulate(
+                gradients_of, state.model, frozen, [batch for batch, _ in batches], divisor
+            )
             state, norm = update(state, gradients)
             del gradients  # or they would lie beside the next update's
             parts.append({k: float(v) for k, v in values.items()} | {"grad_norm": float(norm)})
             olds = [row.old_logprobs_T for row in chosen]
             trainer += [x for x in olds if x is not None] or _by_row(chosen, batches, logprobs)
-        return state, {k: float(np.mean([p[k] for p in parts])) for k in parts[0]}, trainer
+        return state, {k: float(np.mean([p[k] for p in parts])) for k in (parts or [{}])[0]}, trainer
 
     live_before = registry.live_call_count()
     folder = adapter_folder.checkpoints(directory, grpo.lora)
     guard = contextlib.nullcontext() if grpo.tools == "live" else registry.forbid_live()
     with interrupts.held(), guard, checkpoint.Checkpoints(folder, best=1) as saved:
         done, state = saved.restore(like) or (0, checkpoint.new_state(first(), tx, devices))
+        position = done * grpo.prompts if (at := saved.position()) is None else at  # in the order of tasks
         began = done  # episodes that an earlier attempt streamed at a later step were played by other weights
         log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done, writes=processes.is_first())
         validated = {row["step"]: row["validation"] for row in log.kept if "validation" in row}
+        earlier = [row for row in log.kept if "groups" in row]
         try:
             with log, progress(total=grpo.steps, initial=done, desc="grpo") as bar:
                 while True:
@@ -172,37 +162,39 @@ def train(
                         validated[done] = validate(engine, placed(state))
                         log.write({"stage": "grpo", "step": done, "validation": validated[done]})
                     if done % grpo.checkpoint_every == 0 or done == grpo.steps:
-                        saved.save(done, state, validated.get(done))
+                        saved.save(done, state, validated.get(done), position)
                     if done >= grpo.steps:
                         break
-                    chosen = select_tasks(tasks, done, grpo.prompts, config.seed)
                     clock = metrics.Clock()
                     policy = jax.block_until_ready(placed(state))
                     clock.lap("weights")
-                    scored = score_groups(chosen, play(done, chosen, policy, resumed=done == began), specs, config)
+                    played = play(done, position, policy, resumed=done == began)
                     del policy  # it may share buffers with the state, which the update donates
+                    scored = played.scored
                     if processes.is_first():
                         write_rollouts(directory / "rollouts" / f"{done:05d}.jsonl", scored)
                     _streamed(directory, done).unlink()
                     clock.lap("rollout")
-                    rows = _rows(scored)
+                    trained, rows = _rows(played)
                     rows = [replace(row, ref_logprobs_T=x) for row, x in zip(rows, score(reference, rows), strict=True)]
                     if grpo.minibatches > 1:  # with one, the update's own pass is by the policy that sampled
                         rows = [replace(row, old_logprobs_T=x) for row, x in zip(rows, score(model_of(state), rows), strict=True)]
                     processes.check()  # from here to the next, the model, the number of steps and the metrics change
                     state, values, trainer = learn(state, rows)
-                    done += 1
-                    gap = agreement.gaps([t.logprobs_T for t in scored.trajectories], trainer, [row.mask_T for row in rows])
+                    done, position = done + 1, position + played.tasks
+                    gap = agreement.gaps([t.logprobs_T for t in trained], trainer, [row.mask_T for row in rows])
                     clock.lap("train")
-                    row = {"stage": "grpo", "step": done} | rollout_metrics(scored) | values
-                    row |= {"sampler_gap": gap, "seconds": clock.seconds}
+                    row = {"stage": "grpo", "step": done} | rollout_metrics(scored) | values | played.metrics()
+                    row |= advantages.scale(scored.advantage_N[played.trained_N], grpo.kl_coef)
+                    row |= stops.counts(scored.trajectories, grpo.stops)
+                    row |= {"lengths": watch.lengths(scored.trajectories, closing), "sampler_gap": gap, "seconds": clock.seconds}
+                    row |= {"watch": watch.warnings(earlier, row, grpo.watch)}
                     log.write(row)
-                    bar.set_postfix(
-                        acc=f"{row['accuracy']:.2f}", kl=f"{row['kl']:.3f}", gap=f"{gap['mean']:.0e}", gap_max=f"{gap['max']:.0e}"
-                    )
+                    earlier.append(row)
+                    bar.set_postfix(_shown(row))
                     bar.update(1)
         except interrupts.Interrupted:
-            saved.save(done, state, validated.get(done))
+            saved.save(done, state, validated.get(done), position)
             raise
     model = model_of(state)
     if frozen is not None:
@@ -218,9 +210,19 @@ def _streamed(directory: Path, step: int) -> Path:
     return directory / "rollouts" / f"{step:05d}.streamed{part}.jsonl"
 
 
-def _rows(scored: Scored) -> list[Row]:
-    pairs = zip(scored.trajectories, scored.advantage_N, strict=True)
-    return [Row(t.tokens_T, t.sampled_T, float(a), behavior_logprobs_T=t.behavior_logprobs_T) for t, a in pairs]
+def _rows(played: groups.Played) -> tuple[list[Trajectory], list[Row]]:
+    """The episodes of the update, and their rows. One whose opening left no room for a turn has no token to train on."""
+    columns = zip(played.scored.trajectories, played.scored.advantage_N, played.trained_N, strict=True)
+    trained = [(t, float(a)) for t, a, chosen in columns if chosen and t.sampled_T.any()]
+    rows = [Row(t.tokens_T, t.sampled_T, a, behavior_logprobs_T=t.behavior_logprobs_T) for t, a in trained]
+    return [t for t, _ in trained], rows
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, str]:
+    """What the progress bar says of a step."""
+    gap, kl = row["sampler_gap"], f"{row['kl']:.3f}" if "kl" in row else "no update"
+    shown = {"acc": f"{row['accuracy']:.2f}", "kl": kl, "gap": f"{gap['mean']:.0e}", "gap_max": f"{gap['max']:.0e}"}
+    return shown | ({"watch": "; ".join(row["watch"])} if row["watch"] else {})
 
 
 def _by_row(rows: Sequence[Row], batches: Placed, logprobs: Sequence[Any]) -> list[np.ndarray]:

@@ -111,7 +111,8 @@ def _next_logprobs(
 
 
 def masked_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Mean over tokens where the mask is 1; 0 where there is none. Masked-out values reach neither value nor gradient."""
+    """Mean over tokens where the mask is above 0, each weighted by it; 0 where there is none. Masked-out values reach neither
+    value nor gradient. The weights of a batch sum to at least 1."""
     kept_BT = jnp.where(mask_BT > 0, x_BT, 0.0)
     return (kept_BT * mask_BT).sum() / jnp.maximum(mask_BT.sum(), 1.0)
 
@@ -126,50 +127,3 @@ def predicted(x_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
 def sft_loss(logprobs_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, Metrics]:
     """Mean negative logprob over the tokens of a mask that is `predicted`, nats per token."""
     return -masked_mean(logprobs_BT, mask_BT), {}
-
-
-def grpo_loss(
-    logprobs_BT: jax.Array,
-    behavior_logprobs_BT: jax.Array,
-    ref_logprobs_BT: jax.Array,
-    mask_BT: jax.Array,
-    advantages_BT: jax.Array,
-    old_logprobs_BT: jax.Array | None = None,
-    *,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-    importance_cap: float,
-) -> tuple[jax.Array, Metrics]:
-    """The clipped policy-gradient loss of GRPO plus a KL penalty, averaged over the tokens of a mask that is `predicted`.
-
-    With ratio r = exp(logprob - old) and advantage A of the token's episode:  -w min(r A, clip(r, 1 - low, 1 + high) A)
-    + kl_coef * k3,  k3 = exp(ref - logprob) - (ref - logprob) - 1  (Schulman's non-negative estimator of KL(policy, ref)).
-    Source: DeepSeekMath, arXiv 2402.03300, equations 3 and 4; token-level mean over the batch.
-
-    old is the trainer's logprob before the step's first update; None stands for the present one. behavior is the logprob
-    under the distribution that the token was drawn from, and w = min(exp(old - behavior), importance_cap), a constant, makes
-    the mean over drawn tokens one over the old policy's. Source: Yao et al. 2025, "Your Efficient RL Framework Secretly
-    Brings You Off-Policy RL Training", truncated importance sampling. w is 1 where sampler and trainer agree and nothing
-    bends the draw. The policy here is always the untempered one, which is what is kept and evaluated: with a temperature, w
-    undoes it, up to the cap (others scale the trainer's logits instead, and train the tempered policy, which no scaling
-    gives under top-p or top-k). Tokens that those cut off are never drawn, and no weight brings them back.
-    """
-    old_BT = jax.lax.stop_gradient(logprobs_BT) if old_logprobs_BT is None else old_logprobs_BT
-    # Outside the mask the logprobs mean nothing; equal ones keep exp() finite there.
-    ratio_BT = jnp.exp(jnp.where(mask_BT > 0, logprobs_BT - old_BT, 0.0))
-    importance_BT = jnp.exp(jnp.where(mask_BT > 0, old_BT - behavior_logprobs_BT, 0.0))
-    weight_BT = jnp.minimum(importance_BT, importance_cap)  # no gradient: old and behavior are constants
-    clipped_BT = jnp.clip(ratio_BT, 1.0 - clip_low, 1.0 + clip_high)
-    policy_BT = -weight_BT * jnp.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT)
-    gap_BT = jnp.where(mask_BT > 0, ref_logprobs_BT - logprobs_BT, 0.0)
-    kl_BT = jnp.exp(gap_BT) - gap_BT - 1.0
-    policy, kl = masked_mean(policy_BT, mask_BT), masked_mean(kl_BT, mask_BT)
-    metrics = {
-        "policy_loss": policy,
-        "kl": kl,
-        "clipped": masked_mean((ratio_BT != clipped_BT).astype(jnp.float32), mask_BT),
-        "importance": masked_mean(weight_BT, mask_BT),
-        "truncated": masked_mean((importance_BT > importance_cap).astype(jnp.float32), mask_BT),
-    }
-    return policy + kl_coef * kl, metrics

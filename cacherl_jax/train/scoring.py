@@ -13,7 +13,7 @@ import numpy as np
 
 from cacherl_jax.config import Config
 from cacherl_jax.reward import answer, process, tier
-from cacherl_jax.train import advantages
+from cacherl_jax.train import advantages, stops
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task, ToolSpec
 
@@ -40,15 +40,13 @@ def score_groups(
     process_N = np.array([process.process_reward(task, t, specs).total for task, t in pairs])
     weight = tier.paper_weight if kind == "paper" else tier.episode_weight
     weight_N = np.array([weight(t) for t in trajectories])
+    shaping_N = stops.shaping(trajectories, config.grpo.stops, config.rollout.max_sampled_tokens)
     advantage_N = np.concatenate(
         [
-            advantages.advantages(
-                kind, answer_N[i : i + group], process_N[i : i + group], weight_N[i : i + group],
-                process_weight=config.grpo.process_weight,
-            )
+            advantages.advantages(config.grpo, kind, *(x_N[i : i + group] for x_N in (answer_N, process_N, weight_N, shaping_N)))
             for i in range(0, len(pairs), group)
         ]
-    )  # fmt: skip
+    )
     return Scored(trajectories, answer_N, process_N, weight_N, advantage_N)
 
 

@@ -1,7 +1,8 @@
 """One training step in two compiled parts: gradients of a batch, and the update.
 
 A batch of rollouts has rows of many lengths, so it is split into a few fixed shapes; their gradients are summed, each
-weighted by its share of the loss-carrying tokens, and one update follows. The sum equals the gradient of the whole batch.
+weighted by its share of the weights of loss-carrying tokens, and one update follows. The sum equals the gradient of the
+whole batch.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from cacherl_jax.config import GrpoConfig
 from cacherl_jax.model import lora, qwen3
 from cacherl_jax.model.qwen3 import ONE_DEVICE, Execution
-from cacherl_jax.train import losses
+from cacherl_jax.train import losses, policy_loss
 from cacherl_jax.types import Batch
 
 jax.tree_util.register_dataclass(Batch, data_fields=[f.name for f in dataclasses.fields(Batch)], meta_fields=[])
@@ -58,7 +60,7 @@ def _mask(batch: Batch) -> jax.Array:
 
 
 @jax.jit
-def _loss_tokens(batch: Batch) -> jax.Array:
+def _loss_weight(batch: Batch) -> jax.Array:
     return _mask(batch).sum()
 
 
@@ -76,7 +78,7 @@ Gradients = tuple[Any, Metrics, jax.Array]  # of one batch: gradients, metrics, 
 def sft_gradients(
     trained: Any, frozen: qwen3.Qwen3 | None, batch: Batch, share: jax.Array, *, execution: Execution = ONE_DEVICE
 ) -> Gradients:
-    """Gradients and metrics of the SFT loss on one batch, both scaled by `share`, its part of the step's tokens.
+    """Gradients and metrics of the SFT loss on one batch, both scaled by `share`, its part of the update's weight.
 
     `trained` is a model, or the adapter of the model `frozen`; gradients are of `trained` and lie where its weights lie.
     """
@@ -89,17 +91,14 @@ def sft_gradients(
     return _gradients(loss_fn, trained, share, execution)
 
 
-@partial(jax.jit, static_argnames=("clip_low", "clip_high", "kl_coef", "importance_cap", "execution"))
+@partial(jax.jit, static_argnames=("grpo", "execution"))
 def grpo_gradients(
     trained: Any,
     frozen: qwen3.Qwen3 | None,
     batch: Batch,
     share: jax.Array,
     *,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-    importance_cap: float,
+    grpo: GrpoConfig,
     execution: Execution = ONE_DEVICE,
 ) -> Gradients:
     """Gradients and metrics of the GRPO loss on one batch, as `sft_gradients`."""
@@ -107,17 +106,15 @@ def grpo_gradients(
     def loss_fn(trained: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
         logprobs_BT, entropy_BT = _logprobs(_model(trained, frozen), batch, execution, entropy=True)
         mask_BT = _mask(batch)
-        loss, metrics = losses.grpo_loss(
+        loss, metrics = policy_loss.grpo_loss(
             logprobs_BT,
             batch.behavior_logprobs_BT,
             batch.ref_logprobs_BT,
             mask_BT,
             batch.advantages_BT,
+            batch.segment_ids_BT,
             batch.old_logprobs_BT,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            kl_coef=kl_coef,
-            importance_cap=importance_cap,
+            grpo=grpo,
         )
         assert entropy_BT is not None
         entropy = losses.masked_mean(entropy_BT, mask_BT)
@@ -157,25 +154,30 @@ def accumulate(
     trained: Any,
     frozen: qwen3.Qwen3 | None,
     batches: Iterable[Batch],
+    divisor: float | None = None,
 ) -> tuple[Any, Metrics, list[jax.Array]]:
-    """The gradients and metrics of all `batches` as if they were one, weighted by loss-carrying tokens, and the logprobs_BT
-    of each batch by the model as it is.
+    """The gradients and metrics of all `batches` as if they were one, and the logprobs_BT of each batch by the model as it is.
 
-    Raises ValueError when no token of any batch carries loss.
+    Weighted by the weights of loss-carrying tokens (Batch.loss_mask_BT), of which metrics are the mean. So are loss and
+    gradients, or with a `divisor` the weighted sum over it. Raises ValueError when no token of any batch carries loss.
     """
     batches = list(batches)
-    tokens = [float(_loss_tokens(batch)) for batch in batches]
-    if not sum(tokens):
+    weights = [float(_loss_weight(batch)) for batch in batches]
+    if not sum(weights):
         raise ValueError("no token of the batch carries loss")
+    over = sum(weights) if divisor is None else divisor
     total: tuple[Any, Metrics] | None = None
     logprobs = []
-    for batch, count in zip(batches, tokens, strict=True):
-        gradients, metrics, logprobs_BT = gradients_of(trained, frozen, batch, jnp.float32(count / sum(tokens)))
+    for batch, weight in zip(batches, weights, strict=True):
+        gradients, metrics, logprobs_BT = gradients_of(trained, frozen, batch, jnp.float32(weight / over))
         total = (gradients, metrics) if total is None else _add(total, (gradients, metrics))
         del gradients  # or they would lie beside the next batch's
         logprobs.append(logprobs_BT)
     assert total is not None
-    return total[0], total[1], logprobs
+    gradients, metrics = total
+    if divisor is not None:
+        metrics = {name: x if name == "loss" else x * (divisor / sum(weights)) for name, x in metrics.items()}
+    return gradients, metrics, logprobs
 
 
 def make_update(

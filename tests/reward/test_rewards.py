@@ -8,7 +8,7 @@ import pytest
 from cacherl_jax.reward.answer import answer_reward, contains
 from cacherl_jax.reward.process import match_calls, process_reward
 from cacherl_jax.reward.tier import episode_weight, paper_weight
-from cacherl_jax.train.advantages import calibrated, paper
+from cacherl_jax.train.advantages import calibrated, scalar
 from cacherl_jax.trajectory import StopReason, Trajectory
 from cacherl_jax.types import Kind, Observation, Task, Tier, ToolCall, ToolResult
 
@@ -92,7 +92,7 @@ def mean_by_tier(kind, groups=10_000, size=8):
         process_G = rng.uniform(0.8, 1.0, size)
         weight_G = np.array(TIER_WEIGHTS[kind])[tiers_G]
         advantage_G = (
-            paper(answer_G, process_G, weight_G)
+            scalar(weight_G * answer_G + (1 - weight_G) * process_G, divide_by_std=True)
             if kind == "paper"
             else calibrated(answer_G, process_G, weight_G, process_weight=0.5)
         )
@@ -124,7 +124,7 @@ def test_calibrated_against_its_formula_and_in_its_limits():
     assert better[0] > 0 > better[1]
     equal = np.full(5, 0.1 + 0.2)
     assert not calibrated(equal, equal, rng.random(5), process_weight=0.5).any()
-    assert not paper(equal, equal, np.full(5, 0.6)).any()
+    assert not scalar(equal).any()
 
 
 def test_trajectories_survive_json():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cacherl_jax import metrics
-from cacherl_jax.config import Config, ModelConfig, OptimizerConfig, SftConfig
+from cacherl_jax.config import Config, GrpoConfig, ModelConfig, OptimizerConfig, SftConfig
 from cacherl_jax.data.packing import packed
 from cacherl_jax.data.pipeline import Row, collate, taken_apart
 from cacherl_jax.model import qwen3
@@ -27,7 +27,7 @@ ROWS = [
 ]  # fmt: skip
 KINDS = {
     "sft": steps.sft_gradients,
-    "grpo": partial(steps.grpo_gradients, clip_low=0.2, clip_high=0.2, kl_coef=0.1, importance_cap=2.0),
+    "grpo": partial(steps.grpo_gradients, grpo=GrpoConfig(kl_coef=0.1, ratio="sequence", importance="sequence")),
 }
 
 

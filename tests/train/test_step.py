@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cacherl_jax import metrics
-from cacherl_jax.config import Config, ConfigError, MeshConfig, ModelConfig, OptimizerConfig, SftConfig
+from cacherl_jax.config import Config, ConfigError, GrpoConfig, MeshConfig, ModelConfig, OptimizerConfig, SftConfig
 from cacherl_jax.data.pipeline import Row, bucketed, collate
 from cacherl_jax.mesh import make_mesh
 from cacherl_jax.model import qwen3
@@ -41,7 +41,7 @@ def test_accumulated_gradients_equal_those_of_one_batch(model, kind):
     def gradients_of(m, frozen, batch, share):
         if kind == "sft":
             return steps.sft_gradients(m, frozen, batch, share)
-        return steps.grpo_gradients(m, frozen, batch, share, clip_low=0.2, clip_high=0.2, kl_coef=0.1, importance_cap=2.0)
+        return steps.grpo_gradients(m, frozen, batch, share, grpo=GrpoConfig(kl_coef=0.1))
 
     *whole, _ = steps.accumulate(gradients_of, model, None, on_device([collate(ROWS, 128, 8)]))
     parts = on_device([batch for batch, _ in bucketed(ROWS, (64, 96, 128), 256, 1)])
