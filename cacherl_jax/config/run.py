@@ -20,6 +20,7 @@ from cacherl_jax.config.basics import ConfigError, Count, require
 from cacherl_jax.config.cache import CacheConfig
 from cacherl_jax.config.data import DataConfig, TokenizerConfig
 from cacherl_jax.config.model import MemoryConfig, MeshConfig, ModelConfig
+from cacherl_jax.config.reward import RewardConfig
 from cacherl_jax.config.rollout import EvalConfig, RolloutConfig
 from cacherl_jax.config.training import GrpoConfig, SftConfig
 
@@ -39,6 +40,7 @@ class Config:
     cache: CacheConfig = CacheConfig()
     sft: SftConfig = SftConfig()
     rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
     grpo: GrpoConfig = GrpoConfig()
     eval: EvalConfig = EvalConfig()
 
