@@ -27,7 +27,7 @@ class Scored:
 
     components: what the rewards are made of and what they are held against, by name, each [N] in [0, 1]. "facts",
     "matched" and "reference" are the answer by its facts, the calls by the references and both together, blind to tiers,
-    whatever training is paid by; "success" is 1 for true
+    whatever training is paid by, "reward" what it is paid by; "success" is 1 for true
     success; "leaked" for an answer that uses a fact which only a near miss gave. judged: requests to the judge and failures
     by reason, empty without one.
     """
@@ -71,6 +71,7 @@ def score_groups(
         "answer": answer_N,
         "process": process_N,
         "matched": matched_N,
+        "reward": _training_reward(config, answer_N, process_N, weight_N),
         "reference": monitor.reference_reward(facts_N, matched_N),
         "leaked": np.array([float(monitor.leaked(task, t, specs)) for task, t in pairs]),
         "success": np.array([float(succeeded(task, t, specs)) for task, t in pairs]),
@@ -89,6 +90,15 @@ def _advantage(config: Config, answer_G: np.ndarray, process_G: np.ndarray, weig
     return advantages.advantages(kind, answer_G, process_G, weight_G, process_weight=config.grpo.process_weight)
 
 
+def _training_reward(config: Config, answer_N: np.ndarray, process_N: np.ndarray, weight_N: np.ndarray) -> np.ndarray:
+    """[N] what training maximises as one number in [0, 1]: the paper's mixture, or the calibrated advantage's two terms before
+    they are centred, over their greatest sum."""
+    if config.reward.tier != "calibrated":
+        return weight_N * answer_N + (1.0 - weight_N) * process_N
+    c = config.grpo.process_weight
+    return (weight_N * answer_N + c * process_N) / (1.0 + c)
+
+
 def _answers(
     pairs: Sequence[tuple[Task, Trajectory]], facts_N: np.ndarray, config: Config, judge: Judge | None
 ) -> tuple[np.ndarray, dict[str, Any]]:
@@ -103,20 +113,10 @@ def _answers(
     return answer_N, {"asked": verdicts.asked, "failures": dict(verdicts.failures)}
 
 
-def training_reward(scored: Scored, config: Config) -> np.ndarray:
-    """[N] what training maximises as one number in [0, 1]: the paper's mixture, or the calibrated advantage's two terms before
-    they are centred, over their greatest sum."""
-    answer_N, process_N, weight_N = scored.answer_N, scored.process_N, scored.weight_N
-    if config.reward.tier != "calibrated":
-        return weight_N * answer_N + (1.0 - weight_N) * process_N
-    c = config.grpo.process_weight
-    return (weight_N * answer_N + c * process_N) / (1.0 + c)
-
-
 def watch(scored: Scored, config: Config, seen: monitor.Seen) -> tuple[dict[str, Any], monitor.Seen]:
     """What the monitor says of a step, for its metrics row, and what it has seen by now."""
     step = monitor.observe(
-        [t.worst_tier for t in scored.trajectories], group=config.grpo.group, reward_N=training_reward(scored, config),
+        [t.worst_tier for t in scored.trajectories], group=config.grpo.group, reward_N=scored.components["reward"],
         reference_N=scored.components["reference"], weight_N=scored.weight_N, advantage_N=scored.advantage_N,
         leaked_N=scored.components["leaked"],
     )  # fmt: skip
