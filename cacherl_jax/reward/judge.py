@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cacherl_jax import processes, versions
-from cacherl_jax.cache.store import Recording, SQLiteStore, Store
+from cacherl_jax.cache.store import MemoryStore, Recording, SQLiteStore, Store
 from cacherl_jax.config import JudgeConfig, RewardConfig
 from cacherl_jax.reward import rubric
 from cacherl_jax.reward.answer import answered
@@ -40,9 +40,12 @@ class Verdicts:
 
 
 def open_judge(config: RewardConfig, verdicts: Path) -> Judge | None:
-    """The judge that `config` asks for, which keeps its verdicts in a store at `verdicts`; None where it asks for none."""
+    """The judge that `config` asks for, which keeps its verdicts in a store at `verdicts`; None where it asks for none. Of
+    several processes the first has the store, as it alone asks."""
     if config.answer != "judge":
         return None
+    if not processes.is_first():
+        return Judge(config.judge, MemoryStore())
     verdicts.parent.mkdir(parents=True, exist_ok=True)
     return Judge(config.judge, SQLiteStore(verdicts, mode="rw"))
 
