@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,10 +80,11 @@ Step = Mapping[str, Moments]
 
 @dataclass(frozen=True)
 class Seen:
-    """The first `STEPS` steps and the last ones after them."""
+    """The first `STEPS` steps, the last ones after them, and the names of the warnings that were given."""
 
     first: tuple[Step, ...] = ()
     last: tuple[Step, ...] = ()
+    told: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,14 @@ def observe(
 def advance(seen: Seen, step: Step) -> Seen:
     """What is remembered after one more step."""
     if len(seen.first) < STEPS:
-        return Seen((*seen.first, step), seen.last)
-    return Seen(seen.first, (*seen.last, step)[-STEPS:])
+        return replace(seen, first=(*seen.first, step))
+    return replace(seen, last=(*seen.last, step)[-STEPS:])
+
+
+def tell(seen: Seen, texts: Iterable[str]) -> tuple[list[str], Seen]:
+    """Those of the warnings whose name is new, and what has been told by now."""
+    named = {text.partition(":")[0]: text for text in texts}
+    return [text for name, text in named.items() if name not in seen.told], replace(seen, told=seen.told | named.keys())
 
 
 def drift(seen: Seen) -> Drift:
@@ -224,7 +231,7 @@ def from_rows(rows: Iterable[Mapping[str, Any]]) -> Seen:
             step = {name: Moments(int(n), total, squares) for name, (n, total, squares) in row["monitor"].items()}
             groups = step["reward"].n
             never = {f"tier/{name}": Moments(groups) for name in WORST}
-            seen = advance(seen, never | step)
+            _, seen = tell(advance(seen, never | step), row["warnings"])
     return seen
 
 

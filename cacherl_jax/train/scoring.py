@@ -113,16 +113,19 @@ def _answers(
     return answer_N, {"asked": verdicts.asked, "failures": dict(verdicts.failures)}
 
 
-def watch(scored: Scored, config: Config, seen: monitor.Seen) -> tuple[dict[str, Any], monitor.Seen]:
-    """What the monitor says of a step, for its metrics row, and what it has seen by now."""
+def watch(scored: Scored, config: Config, seen: monitor.Seen) -> tuple[dict[str, Any], monitor.Seen, list[str]]:
+    """What the monitor says of a step, for its metrics row; what it has seen by now; warnings that it gives for the first
+    time."""
     step = monitor.observe(
         [t.worst_tier for t in scored.trajectories], group=config.grpo.group, reward_N=scored.components["reward"],
         reference_N=scored.components["reference"], weight_N=scored.weight_N, advantage_N=scored.advantage_N,
         leaked_N=scored.components["leaked"],
     )  # fmt: skip
     seen = monitor.advance(seen, step)
+    warnings = monitor.warnings(seen)
+    news, seen = monitor.tell(seen, warnings)
     row = {"monitor": monitor.to_json(step), "by_tier": monitor.by_tier(step), "drift": dataclasses.asdict(monitor.drift(seen))}
-    return row | {"warnings": monitor.warnings(seen)}, seen
+    return row | {"warnings": warnings}, seen, news
 
 
 def rollout_metrics(scored: Scored) -> dict[str, Any]:

@@ -94,10 +94,13 @@ def test_a_run_that_goes_on_has_seen_what_it_saw():
     for _ in range(8):
         made = step(rng, "paper")
         seen = monitor.advance(seen, made)
-        rows.append(json.loads(json.dumps({"loss": 0.0, "monitor": monitor.to_json(made)})))
+        texts = monitor.warnings(seen)
+        _, seen = monitor.tell(seen, texts)
+        rows.append(json.loads(json.dumps({"loss": 0.0, "monitor": monitor.to_json(made), "warnings": texts})))
         assert set(monitor.by_tier(made)) <= set(monitor.WORST)
     back = monitor.from_rows([{"validation": 0.5}, *rows])
     assert monitor.warnings(back) == monitor.warnings(seen) and monitor.drift(back) == monitor.drift(seen)
+    assert back.told == seen.told and monitor.tell(back, monitor.warnings(back))[0] == []
     assert len(back.first) == 5 and len(back.last) == 3
 
 

@@ -77,8 +77,13 @@ def test_leaving_the_cache_pays_under_the_papers_formula_alone(world, played):
     # the formula by hand: a R_answer + (1 - a) R_process, half the facts and everything valid
     np.testing.assert_allclose(made.components["reward"], np.where(left_N, 0.9 + 0.1 * made.answer_N, 0.6 * 0.5 + 0.4))
     np.testing.assert_allclose(made.components["reference"][~left_N], 0.6 * 0.5 + 0.4)
-    row, _ = watch(made, config, monitor.Seen())
-    assert row["warnings"] == [] and row["by_tier"]["best_effort"]["share"] == pytest.approx(2 / 3)
+    seen, told = monitor.Seen(), []
+    for _ in range(2 * monitor.STEPS):
+        row, seen, news = watch(made, config, seen)
+        told += news
+    assert {text.split(":")[0] for text in row["warnings"]} == {"miss_pays", "low_weight_pays"}
+    assert len(told) == 2 and len(row["warnings"]) == 2  # told once, though every row has them
+    assert row["by_tier"]["best_effort"]["share"] == pytest.approx(2 / 3)
 
 
 def test_every_component_is_logged_with_its_correlation(world, played, tmp_path):
