@@ -182,12 +182,13 @@ def main() -> None:
     size = SMOKE if args.smoke else FULL
     seeds: dict[str, Any] = {}
     for number in args.seeds:
-        seed, start = Seed(args.out, number, size, args.smoke), time.process_time()
+        start = time.process_time()
+        seed = Seed(args.out, number, size, args.smoke)
         before = seed.out / "sft" / "live.json"
         if not before.is_file():
             write_json(before, seed.live(seed.reference))
         seeds[str(number)] = {"sft": json.loads(before.read_text())} | {arm: seed.run(arm) for arm in args.arms}
-        print(f"seed {number}: {time.process_time() - start:.0f} CPU-s after SFT", file=sys.stderr)
+        print(f"seed {number}: {time.process_time() - start:.0f} CPU-seconds", file=sys.stderr)
     result = {"seeds": seeds, "random_groups": mean_advantages(size.groups)}
     args.result.mkdir(parents=True, exist_ok=True)
     write_json(args.result / "result.json", result)
