@@ -28,7 +28,8 @@ from cacherl_jax.types import TIER_ORDER, Task, Tier, ToolSpec
 # from noise, and a drift is seen long before it has run its course (the demo's tiers move over 20 steps).
 STEPS = 5
 # Standard errors before a sign is a warning. One test in 16,000 passes 4 by chance if groups are normal; a run makes some
-# hundreds, most on windows that overlap. Measured in tests/reward/test_monitor.py.
+# hundreds, most on windows that overlap. In 300 simulated honest runs of 60 steps with 8 groups (tests/reward/test_monitor.py)
+# miss_pays came up in 4 and low_weight_pays in 3, the others in none.
 ERRORS = 4.0
 # A smaller change is no exploitation worth stopping for, however sure it is.
 LEAST_DRIFT = 0.05  # of the tier mix, in total variation

@@ -54,7 +54,7 @@ def honest(run, steps=60):
 
 
 def test_honest_training_is_not_accused():
-    assert [honest(run) for run in range(8)] == [{}] * 8  # of the first 300 runs, see ERRORS
+    assert [honest(run) for run in range(8)] == [{}] * 8  # of 300 runs: monitor.ERRORS
 
 
 @pytest.mark.parametrize(
