@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,13 @@ def rollout_metrics(scored: Scored) -> dict[str, Any]:
         "sampled_tokens": int(sum(t.sampled_T.sum() for t in scored.trajectories)),
     }
     return row | ({"judge": dict(scored.judged)} if scored.judged else {})
+
+
+def correlations_of(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """The correlation of each component with true success over all rollouts of files that `write_rollouts` wrote."""
+    rows = [json.loads(line)["rewards"]["components"] for path in paths for line in path.read_text().splitlines()]
+    columns = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+    return {name: correlation(x_N, columns["success"]) for name, x_N in columns.items() if name != "success"}
 
 
 def write_rollouts(path: Path, scored: Scored) -> None:

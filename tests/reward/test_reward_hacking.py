@@ -12,7 +12,7 @@ from cacherl_jax.cache.lookup import CachedTools, record_transcript
 from cacherl_jax.cache.store import MemoryStore
 from cacherl_jax.config import PAPER_CACHE, Config, GrpoConfig, RewardConfig
 from cacherl_jax.reward import monitor
-from cacherl_jax.train.scoring import rollout_metrics, score_groups, watch, write_rollouts
+from cacherl_jax.train.scoring import correlations_of, rollout_metrics, score_groups, watch, write_rollouts
 from cacherl_jax.trajectory import StopReason, Trajectory
 from cacherl_jax.types import Tier
 
@@ -94,6 +94,8 @@ def test_every_component_is_logged_with_its_correlation(world, played, tmp_path)
     assert metrics["components"]["valid_names"] == metrics["components"]["valid_arguments"] == 1.0
     assert metrics["accuracy"] == pytest.approx(1 / 3) and metrics["components"]["success"] == 0.0
     write_rollouts(tmp_path / "rollouts.jsonl", made)
+    twice = correlations_of([tmp_path / "rollouts.jsonl"] * 2)
+    assert twice.keys() == metrics["correlations"].keys() and twice["process"] == {"r": None, "n": 2 * len(played[1])}
     lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     for name, values_N in made.components.items():
         np.testing.assert_array_equal([line["rewards"]["components"][name] for line in lines], values_N)
