@@ -21,7 +21,7 @@ def test_json_round_trip_keeps_every_field():
         ("grpo.steps=many", "grpo.steps = 'many'"),
         ("grpo.steps=1.5", "grpo.steps = 1.5"),
         ("grpo.steps=true", "grpo.steps = True"),
-        ("grpo.advantage=best", "'paper' or 'calibrated'"),
+        ("reward.tier=best", "'none', 'paper' or 'calibrated'"),
         ("mesh=3", "mesh = 3"),
         ("grpo", "NAME=VALUE"),
         ("data.train_tasks=-1", "data.train_tasks = -1: Input should be greater than 0"),

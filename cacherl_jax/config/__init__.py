@@ -6,6 +6,7 @@ from cacherl_jax.config.cache import PAPER_CACHE, CacheConfig, SimulatorConfig
 from cacherl_jax.config.data import DataConfig, TokenizerConfig
 from cacherl_jax.config.grpo import GrpoConfig, StopRules, WatchConfig
 from cacherl_jax.config.model import LoraConfig, MemoryConfig, MeshConfig, ModelConfig, YarnConfig
+from cacherl_jax.config.reward import JudgeConfig, RewardConfig
 from cacherl_jax.config.rollout import MIN_TURN, EvalConfig, RolloutConfig
 from cacherl_jax.config.run import Config, load_config, with_overrides
 from cacherl_jax.config.training import OptimizerConfig, SftConfig
@@ -20,11 +21,13 @@ __all__ = [
     "EndpointConfig",
     "EvalConfig",
     "GrpoConfig",
+    "JudgeConfig",
     "LoraConfig",
     "MemoryConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RewardConfig",
     "RolloutConfig",
     "SftConfig",
     "SimulatorConfig",

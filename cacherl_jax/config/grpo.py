@@ -57,8 +57,7 @@ class GrpoConfig:
     extra_rounds: Count = 0  # groups without any advantage are dropped, others played in so many rounds; 0: none is dropped
     stops: StopRules = StopRules()
 
-    advantage: Literal["paper", "calibrated"] = "calibrated"
-    process_weight: Rate = 0.5  # c of the calibrated advantage
+    process_weight: Rate = 0.5  # c of the advantage under reward.tier="calibrated"
     baseline: Literal["mean", "leave_one_out"] = "mean"  # of the group, or of its other episodes
     divide_by_std: bool = False  # advantages are then of size 1, otherwise of the rewards' spread: kl_coef weighs accordingly
 

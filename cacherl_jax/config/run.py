@@ -21,6 +21,7 @@ from cacherl_jax.config.cache import CacheConfig
 from cacherl_jax.config.data import DataConfig, TokenizerConfig
 from cacherl_jax.config.grpo import GrpoConfig
 from cacherl_jax.config.model import MemoryConfig, MeshConfig, ModelConfig
+from cacherl_jax.config.reward import RewardConfig
 from cacherl_jax.config.rollout import EvalConfig, RolloutConfig
 from cacherl_jax.config.training import SftConfig
 
@@ -40,6 +41,7 @@ class Config:
     cache: CacheConfig = CacheConfig()
     sft: SftConfig = SftConfig()
     rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
     grpo: GrpoConfig = GrpoConfig()
     eval: EvalConfig = EvalConfig()
 

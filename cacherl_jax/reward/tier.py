@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Tier
@@ -19,6 +21,12 @@ PAPER_WEIGHTS: dict[Tier | None, float] = {
     Tier.BEST_EFFORT: 0.1,
     Tier.MISS: 0.1,
 }
+BLIND = PAPER_WEIGHTS[Tier.EXACT]  # of every answer, where tiers are not looked at
+
+
+def blind_weight(trajectory: Trajectory) -> float:
+    """The same for every episode: the paper's reward without its tiers."""
+    return BLIND
 
 
 def paper_weight(trajectory: Trajectory) -> float:
@@ -29,3 +37,11 @@ def paper_weight(trajectory: Trajectory) -> float:
 def episode_weight(trajectory: Trajectory) -> float:
     """The product of the fidelities of the episode's observations, in [0, 1]; 1 without a call (paper.md, "Calibrated")."""
     return math.prod(o.fidelity for o in trajectory.observations)
+
+
+# By `reward.tier`. The first two are shares a of a mixture, the last multiplies the answer's part of the advantage.
+WEIGHTS: Mapping[Literal["none", "paper", "calibrated"], Callable[[Trajectory], float]] = {
+    "none": blind_weight,
+    "paper": paper_weight,
+    "calibrated": episode_weight,
+}

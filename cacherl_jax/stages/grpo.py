@@ -11,6 +11,7 @@ from cacherl_jax.config import ConfigError
 from cacherl_jax.corpus import live_tools
 from cacherl_jax.evaluate import process_accuracy
 from cacherl_jax.model import qwen3
+from cacherl_jax.reward.judge import open_judge
 from cacherl_jax.rollout import runner
 from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.run_directory import RunDirectory
@@ -51,7 +52,17 @@ def reinforce(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str,
         reference = load_policy(run, "sft", config)
         tasks = load_tasks(run, "train")
         _, live_calls = grpo.train(
-            config, reference, tok, tasks, specs, training, folder, base=run.out / "sft", validate=validate, progress=progress
+            config,
+            reference,
+            tok,
+            tasks,
+            specs,
+            training,
+            folder,
+            base=run.out / "sft",
+            validate=validate,
+            progress=progress,
+            judge=open_judge(config.reward, folder / "verdicts.sqlite"),
         )
         return {"live_calls": live_calls}
 

@@ -28,7 +28,7 @@ POLICIES = ("sft", "expert_sft", "grpo")
 RECORD = ("seed", "data", "cache")
 THINK = (*RECORD, "tokenizer", "weights")
 MODEL = ("model", "mesh", "memory.compute")  # the rest of memory changes rounding at most
-GRPO = (*THINK, *MODEL, "sft", "rollout", "grpo")
+GRPO = (*THINK, *MODEL, "sft", "rollout", "reward", "grpo")
 
 EVAL_SAMPLE = 0
 

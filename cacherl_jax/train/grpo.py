@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,14 +24,15 @@ from cacherl_jax.config import Config
 from cacherl_jax.data.packing import packed
 from cacherl_jax.data.pipeline import Packs, Row, bucket_lengths, bucketed, taken_apart
 from cacherl_jax.model import attention, lora, qwen3
+from cacherl_jax.reward import monitor
+from cacherl_jax.reward.judge import Judge
 from cacherl_jax.rollout import runner, stream
 from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.text.tokenizer import Tokenizer
 from cacherl_jax.tools import registry
-from cacherl_jax.train import advantages, aggregation, agreement, groups, stops, watch
+from cacherl_jax.train import advantages, aggregation, agreement, groups, scoring, stops, watch
 from cacherl_jax.train import step as steps
 from cacherl_jax.train.optimizer import make_optimizer
-from cacherl_jax.train.scoring import rollout_metrics, score_groups, write_rollouts
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Batch, Task, ToolProvider, ToolSpec
 
@@ -49,13 +51,13 @@ def train(
     base: Path,
     validate: Callable[[Engine, qwen3.Qwen3], float],
     progress: Callable[..., metrics.Progress],
+    judge: Judge | None = None,
 ) -> tuple[qwen3.Qwen3, int]:
     """Trains from `reference` for `config.grpo.steps` steps, or goes on from the newest checkpoint in `directory`.
-
     `validate` gives process accuracy on the validation tasks (from the cache); the checkpoint where it was highest is kept
-    beside the newest. Ctrl-C and SIGTERM save before they end the run. Of several processes each plays its share of the
-    episodes; scores and updates are those of all. Returns the model and the number of live tool calls made: 0, or the run
-    ended in LiveToolError, unless `grpo.tools` is "live". A step none of whose groups teaches anything makes no update.
+    beside the newest. `judge` grades answers where `config.reward.answer` asks for one. Ctrl-C and SIGTERM save before they
+    end the run. Of several processes each plays its share of the episodes; scores and updates are those of all. Returns the
+    model and the number of live tool calls made: 0, or the run ended in LiveToolError, unless `grpo.tools` is "live".
 
     With `config.grpo.lora` an adapter of `reference` is trained: the reference is the policy without it, of which there is
     no second copy. The engine plays with merged weights, and the merged model is what the stage leaves. `base` is the
@@ -115,7 +117,12 @@ def train(
                 )
 
         return groups.play_groups(
-            tasks, position, config.seed, grpo, run, lambda chosen, played: score_groups(chosen, played, specs, config)
+            tasks,
+            position,
+            config.seed,
+            grpo,
+            run,
+            lambda chosen, played: scoring.score_groups(chosen, played, specs, config, judge),
         )
 
     def score(model: qwen3.Qwen3, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -154,6 +161,7 @@ def train(
         log = metrics.MetricsWriter(directory / "metrics.jsonl", resume_step=done, writes=processes.is_first())
         validated = {row["step"]: row["validation"] for row in log.kept if "validation" in row}
         earlier = [row for row in log.kept if "groups" in row]
+        seen = monitor.from_rows(earlier)
         try:
             with log, progress(total=grpo.steps, initial=done, desc="grpo") as bar:
                 while True:
@@ -172,7 +180,7 @@ def train(
                     del policy  # it may share buffers with the state, which the update donates
                     scored = played.scored
                     if processes.is_first():
-                        write_rollouts(directory / "rollouts" / f"{done:05d}.jsonl", scored)
+                        scoring.write_rollouts(directory / "rollouts" / f"{done:05d}.jsonl", scored)
                     _streamed(directory, done).unlink()
                     clock.lap("rollout")
                     trained, rows = _rows(played)
@@ -184,11 +192,15 @@ def train(
                     done, position = done + 1, position + played.tasks
                     gap = agreement.gaps([t.logprobs_T for t in trained], trainer, [row.mask_T for row in rows])
                     clock.lap("train")
-                    row = {"stage": "grpo", "step": done} | rollout_metrics(scored) | values | played.metrics()
+                    row = {"stage": "grpo", "step": done} | scoring.rollout_metrics(scored) | values | played.metrics()
                     row |= advantages.scale(scored.advantage_N[played.trained_N], grpo.kl_coef)
                     row |= stops.counts(scored.trajectories, grpo.stops)
                     row |= {"lengths": watch.lengths(scored.trajectories, closing), "sampler_gap": gap, "seconds": clock.seconds}
                     row |= {"watch": watch.warnings(earlier, row, grpo.watch)}
+                    monitored, seen, news = scoring.watch(scored, config, seen)
+                    row |= monitored
+                    for warning in news if processes.is_first() else ():
+                        bar.write(f"step {done}: {warning}", file=sys.stderr)
                     log.write(row)
                     earlier.append(row)
                     bar.set_postfix(_shown(row))

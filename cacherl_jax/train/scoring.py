@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cacherl_jax.config import Config
-from cacherl_jax.reward import answer, process, tier
+from cacherl_jax.reward import answer, monitor, process, tier
+from cacherl_jax.reward.judge import Judge
+from cacherl_jax.reward.success import correlation, succeeded
 from cacherl_jax.train import advantages, stops
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task, ToolSpec
@@ -20,59 +23,144 @@ from cacherl_jax.types import Task, ToolSpec
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """The rollouts of one step in group order, with their rewards and advantages, all of length N."""
+    """The rollouts of one step in group order, with their rewards and advantages, all of length N.
+
+    components: what the rewards are made of and what they are held against, by name, each [N] in [0, 1]. "facts",
+    "matched" and "reference" are the answer by its facts, the calls by the references and both together, blind to tiers,
+    whatever training is paid by, "reward" what it is paid by; "success" is 1 for true
+    success; "leaked" for an answer that uses a fact which only a near miss gave. judged: requests to the judge and failures
+    by reason, empty without one.
+    """
 
     trajectories: Sequence[Trajectory]
     answer_N: np.ndarray
     process_N: np.ndarray
     weight_N: np.ndarray
     advantage_N: np.ndarray
+    components: Mapping[str, np.ndarray]
+    judged: Mapping[str, Any] = field(default_factory=dict)
 
 
 def score_groups(
-    tasks: Sequence[Task], trajectories: Sequence[Trajectory], specs: Mapping[str, ToolSpec], config: Config
+    tasks: Sequence[Task],
+    trajectories: Sequence[Trajectory],
+    specs: Mapping[str, ToolSpec],
+    config: Config,
+    judge: Judge | None = None,
 ) -> Scored:
-    """Rewards and advantages; `trajectories` holds `config.grpo.group` episodes of each task, one task after the other."""
-    group, kind = config.grpo.group, config.grpo.advantage
-    by_task = [task for task in tasks for _ in range(group)]
-    pairs = list(zip(by_task, trajectories, strict=True))
-    answer_N = np.array([answer.answer_reward(task, t) for task, t in pairs])
-    process_N = np.array([process.process_reward(task, t, specs).total for task, t in pairs])
-    weight = tier.paper_weight if kind == "paper" else tier.episode_weight
-    weight_N = np.array([weight(t) for t in trajectories])
+    """Rewards and advantages; `trajectories` holds `config.grpo.group` episodes of each task, one task after the other.
+
+    With `reward.answer` "judge", `judge` grades the answers; where it fails, the share of the facts stands in.
+    """
+    group, reward = config.grpo.group, config.reward
+    pairs = list(zip((task for task in tasks for _ in range(group)), trajectories, strict=True))
+    matched = [process.process_reward(task, t, specs) for task, t in pairs]
+    valid = [process.validity(task, t, specs) for task, t in pairs]
+    facts_N = np.array([answer.answer_reward(task, t) for task, t in pairs])
+    answer_N, judged = _answers(pairs, facts_N, config, judge)
+    matched_N = np.array([r.total for r in matched])
+    process_N = matched_N
+    if reward.process == "paper":
+        process_N = np.array([process.paper_process_reward(task, t, specs) for task, t in pairs])
+    weight_N = np.array([tier.WEIGHTS[reward.tier](t) for t in trajectories])
+    parts = {name: np.array([getattr(r, name) for r in matched]) for name in (*process.WEIGHTS, "economy")}
+    components = parts | {
+        "valid_names": np.array([v.names for v in valid]),
+        "valid_arguments": np.array([v.arguments for v in valid]),
+        "facts": facts_N,
+        "answer": answer_N,
+        "process": process_N,
+        "matched": matched_N,
+        "reward": _training_reward(config, answer_N, process_N, weight_N),
+        "reference": monitor.reference_reward(facts_N, matched_N),
+        "leaked": np.array([float(monitor.leaked(task, t, specs)) for task, t in pairs]),
+        "success": np.array([float(succeeded(task, t, specs)) for task, t in pairs]),
+    }
     shaping_N = stops.shaping(trajectories, config.grpo.stops, config.rollout.max_sampled_tokens)
+    parts_N = answer_N, process_N, weight_N, shaping_N
     advantage_N = np.concatenate(
         [
-            advantages.advantages(config.grpo, kind, *(x_N[i : i + group] for x_N in (answer_N, process_N, weight_N, shaping_N)))
+            advantages.advantages(config.grpo, reward.tier, *(x_N[i : i + group] for x_N in parts_N))
             for i in range(0, len(pairs), group)
         ]
     )
-    return Scored(trajectories, answer_N, process_N, weight_N, advantage_N)
+    return Scored(trajectories, answer_N, process_N, weight_N, advantage_N, components, judged)
+
+
+def _training_reward(config: Config, answer_N: np.ndarray, process_N: np.ndarray, weight_N: np.ndarray) -> np.ndarray:
+    """[N] what training maximises as one number in [0, 1]: the paper's mixture, or the calibrated advantage's two terms before
+    they are centred, over their greatest sum."""
+    if config.reward.tier != "calibrated":
+        return weight_N * answer_N + (1.0 - weight_N) * process_N
+    c = config.grpo.process_weight
+    return (weight_N * answer_N + c * process_N) / (1.0 + c)
+
+
+def _answers(
+    pairs: Sequence[tuple[Task, Trajectory]], facts_N: np.ndarray, config: Config, judge: Judge | None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """answer_N by the configured rule, and what was asked of the judge."""
+    if config.reward.answer != "judge":
+        rule = answer.rule(config.reward.answer, config.reward.tolerance)
+        return np.array([answer.graded(task, t, rule) for task, t in pairs]), {}
+    if judge is None:
+        raise ValueError("reward.answer='judge' needs a judge; open one with judge.open_judge")
+    verdicts = judge.grade(pairs)
+    answer_N = np.array([f if r is None else r for r, f in zip(verdicts.rewards, facts_N, strict=True)])
+    return answer_N, {"asked": verdicts.asked, "failures": dict(verdicts.failures)}
+
+
+def watch(scored: Scored, config: Config, seen: monitor.Seen) -> tuple[dict[str, Any], monitor.Seen, list[str]]:
+    """What the monitor says of a step, for its metrics row; what it has seen by now; warnings that it gives for the first
+    time."""
+    step = monitor.observe(
+        [t.worst_tier for t in scored.trajectories], group=config.grpo.group, reward_N=scored.components["reward"],
+        reference_N=scored.components["reference"], weight_N=scored.weight_N, advantage_N=scored.advantage_N,
+        leaked_N=scored.components["leaked"],
+    )  # fmt: skip
+    seen = monitor.advance(seen, step)
+    warnings = monitor.warnings(seen)
+    news, seen = monitor.tell(seen, warnings)
+    row = {"monitor": monitor.to_json(step), "by_tier": monitor.by_tier(step), "drift": dataclasses.asdict(monitor.drift(seen))}
+    return row | {"warnings": warnings}, seen, news
 
 
 def rollout_metrics(scored: Scored) -> dict[str, Any]:
-    """What the report draws and what warns of a policy that leaves the cache."""
+    """What the report draws, and every part of the reward with its correlation with true success."""
     n = len(scored.trajectories)
     tiers = Counter(o.tier.value for t in scored.trajectories for o in t.observations)
     stops = Counter(t.stop.value for t in scored.trajectories)
-    return {
+    success_N = scored.components["success"]
+    row = {
         "reward": float((scored.answer_N + scored.process_N).mean() / 2),
         "answer": float(scored.answer_N.mean()),
         "process": float(scored.process_N.mean()),
-        "accuracy": float((scored.process_N >= 1.0).mean()),
+        "accuracy": float((scored.components["matched"] >= 1.0).mean()),
+        "components": {name: float(values_N.mean()) for name, values_N in scored.components.items()},
+        "correlations": {name: correlation(x_N, success_N) for name, x_N in scored.components.items() if name != "success"},
         "calls": float(sum(len(t.observations) for t in scored.trajectories) / n),
         "tiers": {k: v / max(1, sum(tiers.values())) for k, v in sorted(tiers.items())},
         "stops": dict(sorted(stops.items())),
         "weight_advantage_cov": float(np.cov(scored.weight_N, scored.advantage_N, bias=True)[0, 1]),
         "sampled_tokens": int(sum(t.sampled_T.sum() for t in scored.trajectories)),
     }
+    return row | ({"judge": dict(scored.judged)} if scored.judged else {})
+
+
+def correlations_of(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """The correlation of each component with true success over all rollouts of files that `write_rollouts` wrote."""
+    rows = [json.loads(line)["rewards"]["components"] for path in paths for line in path.read_text().splitlines()]
+    columns = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+    return {name: correlation(x_N, columns["success"]) for name, x_N in columns.items() if name != "success"}
 
 
 def write_rollouts(path: Path, scored: Scored) -> None:
-    """One JSON line an episode: the trajectory, its rewards, weight and advantage. Rewritten whole when a step is redone."""
+    """One JSON line an episode: the trajectory, its rewards with their components, weight and advantage. Rewritten whole when
+    a step is redone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = zip(scored.trajectories, scored.answer_N, scored.process_N, scored.weight_N, scored.advantage_N, strict=True)
     with path.open("w") as f:
-        for trajectory, a, p, w, advantage in columns:
+        for i, (trajectory, a, p, w, advantage) in enumerate(columns):
             rewards = {"answer": float(a), "process": float(p), "weight": float(w), "advantage": float(advantage)}
-            f.write(json.dumps(trajectory.to_json() | {"rewards": rewards}) + "\n")
+            parts = {name: float(values_N[i]) for name, values_N in scored.components.items()}
+            f.write(json.dumps(trajectory.to_json() | {"rewards": rewards | {"components": parts}}) + "\n")
