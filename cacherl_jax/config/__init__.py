@@ -7,11 +7,13 @@ from cacherl_jax.config.data import DataConfig, TokenizerConfig
 from cacherl_jax.config.model import LoraConfig, MemoryConfig, MeshConfig, ModelConfig, YarnConfig
 from cacherl_jax.config.rollout import MIN_TURN, EvalConfig, RolloutConfig
 from cacherl_jax.config.run import Config, load_config, with_overrides
+from cacherl_jax.config.teacher import TEACHER_PARTS, TeacherConfig
 from cacherl_jax.config.training import GrpoConfig, OptimizerConfig, SftConfig
 
 __all__ = [
     "MIN_TURN",
     "PAPER_CACHE",
+    "TEACHER_PARTS",
     "CacheConfig",
     "Config",
     "ConfigError",
@@ -27,6 +29,7 @@ __all__ = [
     "RolloutConfig",
     "SftConfig",
     "SimulatorConfig",
+    "TeacherConfig",
     "TokenizerConfig",
     "YarnConfig",
     "load_config",

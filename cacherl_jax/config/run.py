@@ -21,6 +21,7 @@ from cacherl_jax.config.cache import CacheConfig
 from cacherl_jax.config.data import DataConfig, TokenizerConfig
 from cacherl_jax.config.model import MemoryConfig, MeshConfig, ModelConfig
 from cacherl_jax.config.rollout import EvalConfig, RolloutConfig
+from cacherl_jax.config.teacher import TeacherConfig
 from cacherl_jax.config.training import GrpoConfig, SftConfig
 
 
@@ -37,6 +38,7 @@ class Config:
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     cache: CacheConfig = CacheConfig()
+    teacher: TeacherConfig = TeacherConfig()
     sft: SftConfig = SftConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GrpoConfig = GrpoConfig()
