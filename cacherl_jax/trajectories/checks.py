@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cacherl_jax.config import TeacherConfig
@@ -19,6 +19,7 @@ THINK_BLOCK = re.compile(
 )  # a turn as models without a field for reasoning write it
 REPEATED = 12  # words in a row that the reasoning and the text to the user may not share
 _WORD = re.compile(r"\w+(?:[.@:/-]\w+)*")
+_NAME = re.compile(r"(?<=[a-z,] )[A-Z]\w+")
 
 
 def problem(reasoning: str, messages: Sequence[Message], i: int, config: TeacherConfig) -> str:
@@ -59,11 +60,21 @@ def check_unchanged(before: Transcript, after: Transcript) -> None:
 
 
 def leaks(reasoning: str, past: Sequence[Message], message: Message, future: Sequence[Message]) -> bool:
-    """Whether the reasoning names a value, of one word or several, that stands in a later tool result and nowhere up to the
-    message itself."""
+    """Whether the reasoning names a value that stands in a later tool result and nowhere up to the message itself.
+
+    Values are the scalars of JSON, of one word or several. Of other text, they are words with digits or marks inside, and
+    names: words with a capital inside a sentence, which the reasoning must spell so too. The rest of a text is language.
+    """
     said = _words(reasoning)
-    later = {_words(str(v)) for m in future if m.role == "tool" for v in _leaves(m.content)}
-    named = {value for value in later if value.strip() and value in said}
+    spelt = set(_WORD.findall(reasoning))
+    named = set()
+    for content in (m.content for m in future if m.role == "tool"):
+        try:
+            values = _leaves(json.loads(content))
+        except (ValueError, RecursionError):
+            values = [word for word in _WORD.findall(content) if not word.isalpha()]
+            values += spelt.intersection(_NAME.findall(content))
+        named.update(value for value in map(_words, values) if value.strip() and value in said)
     if not named:
         return False
     calls = [c for m in (*past, message) for c in m.tool_calls]
@@ -76,16 +87,12 @@ def _words(text: str) -> str:
     return f" {' '.join(_WORD.findall(text.lower()))} "
 
 
-def _leaves(content: str) -> list[Any]:
-    """The scalar values of a result as JSON writes them; the words of a text that is not JSON."""
-    try:
-        stack = [json.loads(content)]
-    except (ValueError, RecursionError):
-        return _WORD.findall(content)
-    leaves = []
+def _leaves(value: Any) -> list[str]:
+    """The scalars inside a JSON value, texts as they are, the others as JSON writes them."""
+    stack, leaves = [value], []
     while stack:
         value = stack.pop()
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             stack += value.values()
         elif isinstance(value, list):
             stack += value

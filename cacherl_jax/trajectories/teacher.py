@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -119,8 +120,8 @@ def _parsed(text: str, schema: str) -> tuple[str, str]:
     return value[schema].strip(), ""
 
 
-# First words of an agent that talks to itself about its next step.
-_ALOUD = ("i need ", "first ", "next ", "then ", "now ")
+# What an agent says to somebody, not to itself: a question, a second person, a courtesy.
+_TO_USER = re.compile(r"\?|\b(?:you|your|yours|please|thanks?|thank|sorry|apologi[sz]e|welcome)\b", re.IGNORECASE)
 
 
 class ScriptedTeacher:
@@ -133,8 +134,7 @@ class ScriptedTeacher:
         self._specs = specs
 
     async def classify(self, past: Sequence[Message], message: Message, attempt: int = 0) -> Answer:
-        text = message.content.strip().lower()
-        return Answer("analytical" if text.startswith(_ALOUD) else "user_facing")
+        return Answer("user_facing" if _TO_USER.search(message.content) else "analytical")
 
     async def write(self, past: Sequence[Message], message: Message, attempt: int = 0) -> Answer:
         if message.tool_calls:
