@@ -6,9 +6,11 @@ An example is a transcript's id, its JSON, and the rows of its messages' provena
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,8 @@ def write(folder: Path, source: str) -> Path:
     """
     require("array_record", "data")
     builder = _writer()(folder, source)
-    builder.download_and_prepare()
+    with contextlib.redirect_stdout(sys.stderr):  # TFDS talks, and standard output may be for a machine
+        builder.download_and_prepare()
     return Path(builder.data_dir)
 
 
