@@ -107,17 +107,16 @@ class LanguageTeacher:
         return Answer(value, problem, reply.prompt_tokens, reply.completion_tokens)
 
 
+_VALID = {name: jsonschema.Draft202012Validator(schema) for name, schema in prompts.SCHEMAS.items()}
+
+
 def _parsed(text: str, schema: str) -> tuple[str, str]:
     """The reply's one field, or why it has none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return "", "no_json" if text.strip() else "empty"
-    try:
-        jsonschema.validate(value, prompts.SCHEMAS[schema])
-    except jsonschema.ValidationError:
-        return "", "wrong_schema"
-    return value[schema].strip(), ""
+    return (value[schema].strip(), "") if _VALID[schema].is_valid(value) else ("", "wrong_schema")
 
 
 # What an agent says to somebody, not to itself: a question, a second person, a courtesy.
