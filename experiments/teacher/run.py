@@ -11,6 +11,8 @@ process of its own, which answers after 50 ms and fails for 5 % of requests, the
 """
 
 import argparse
+import concurrent.futures
+import http.client
 import json
 import os
 import random
@@ -21,12 +23,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1] / "tests" / "trajectories"
-SECONDS, FAILURES = 0.05, 0.05
+FAILURES = 0.05
 REASONING = json.dumps({"reasoning": "The user wants to know where it is, so I look it up by its name."})
 CORPORA = {
     "tau-bench airline": ("tau_bench", "tau-bench/historical_trajectories/gpt-4o-airline.json", None),
@@ -41,24 +44,28 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the folder of the corpora, for `checks`")
     parser.add_argument("--messages", type=int, default=10_000)
     parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=0.05, help="the server takes for a reply")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-kill", action="store_true", help="endpoint: the rate alone")
+    parser.add_argument("--rate-only", action="store_true", help="endpoint: without the kill")
     parser.add_argument("--smoke", action="store_true", help="seconds: 5 dialogues a corpus, 60 messages; writes no result")
     args = parser.parse_args()
     if args.what == "serve":
-        serve(args.seed)
+        serve(args.seed, args.seconds)
         return
     limit, messages = (5, 60) if args.smoke else (None, args.messages)
     with tempfile.TemporaryDirectory() as scratch:
         if args.what == "checks":
             result = {name: checks(args.data, Path(scratch) / name, *corpus, limit) for name, corpus in CORPORA.items()}
         else:
-            result = endpoint(Path(scratch), messages, args.concurrency, args.seed)
+            result = endpoint(Path(scratch), messages, args.concurrency, args.seconds, args.seed)
+            if not args.rate_only:
+                result["killed"] = killed(Path(scratch), messages, args.concurrency, args.seconds, args.seed + 1)
     print(json.dumps(result, indent=1))
     if not args.smoke:
         path = HERE / "result.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps(known | {args.what: result}, indent=1) + "\n")
+        name = args.what if args.what == "checks" else f"{args.what}, replies after {args.seconds} s"
+        path.write_text(json.dumps(known | {name: result}, indent=1) + "\n")
 
 
 def think(*options: str) -> subprocess.Popen:
@@ -94,25 +101,25 @@ def checks(data: Path, out: Path, source: str, path: str, most: int | None, smok
 # ---- endpoint --------------------------------------------------------------------------------------------------------
 
 
-def serve(seed: int) -> None:
+def serve(seed: int, seconds: float) -> None:
     """Answers until standard input ends, then prints what it did. The same requests fail in the same way at every try."""
     server_module = runpy.run_path(str(TESTS / "endpoint_server.py"))
     act = server_module["Act"]
     draws, kinds, times = random.Random(seed), Counter(), []
     failures = {
-        "429 with Retry-After": act(status=429, headers={"Retry-After": "1"}, seconds=SECONDS),
-        "500": act(status=500, seconds=SECONDS),
-        "503": act(status=503, seconds=SECONDS),
-        "connection closed": act(closes=True, seconds=SECONDS),
-        "no completion": act(raw="<html>busy</html>", seconds=SECONDS),
-        "reply is no JSON": act("I think that", seconds=SECONDS),
+        "429 with Retry-After": act(status=429, headers={"Retry-After": "1"}, seconds=seconds),
+        "500": act(status=500, seconds=seconds),
+        "503": act(status=503, seconds=seconds),
+        "connection closed": act(closes=True, seconds=seconds),
+        "no completion": act(raw="<html>busy</html>", seconds=seconds),
+        "reply is no JSON": act("I think that", seconds=seconds),
     }
 
     def answer(body: dict) -> object:
         kind = draws.choice(list(failures)) if draws.random() < FAILURES else "answered"
         kinds[kind] += 1
         times.append(time.monotonic())
-        return failures.get(kind, act(REASONING, seconds=SECONDS))
+        return failures.get(kind, act(REASONING, seconds=seconds))
 
     with server_module["Server"](answer) as server:
         print(server.url, flush=True)
@@ -120,15 +127,15 @@ def serve(seed: int) -> None:
             print(len(server.requests), flush=True)
         twice = sum(times - 1 for times in server.served.values())
     served = {"requests": len(server.requests), "kinds": dict(sorted(kinds.items())), "most_at_once": server.most_at_once}
-    served["seconds"] = round(times[-1] - times[0] + SECONDS, 2)  # from the first request to the last reply
+    served["seconds"] = round(times[-1] - times[0] + seconds, 2)  # from the first request to the last reply
     print(json.dumps(served | {"completions": sum(server.served.values()), "served_again": twice}))
 
 
 class Served:
     """The server in a process of its own, so that its work and the client's are told apart."""
 
-    def __init__(self, seed: int) -> None:
-        command = [sys.executable, str(Path(__file__)), "serve", "--seed", str(seed)]
+    def __init__(self, seed: int, seconds: float) -> None:
+        command = [sys.executable, str(Path(__file__)), "serve", "--seed", str(seed), "--seconds", str(seconds)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.url = self._process.stdout.readline().strip()
 
@@ -159,57 +166,72 @@ def chats(path: Path, messages: int) -> Path:
     return path
 
 
-def endpoint(scratch: Path, messages: int, concurrency: int, seed: int) -> dict:
+def options(server: Served, scratch: Path, name: str, messages: int, concurrency: int) -> list[str]:
+    settings = {"kind": "http", "base_url": server.url, "model": "m", "concurrency": concurrency, "timeout": 10.0}
+    sets = [f"--set=teacher.{field}={value}" for field, value in settings.items()]
     corpus = chats(scratch / "chats.jsonl", messages)
+    return ["--source", "openai", "--path", str(corpus), "--out", str(scratch / name), *sets]
 
-    def options(server: Served, name: str) -> list[str]:
-        settings = {"kind": "http", "base_url": server.url, "model": "m", "concurrency": concurrency, "timeout": 10.0}
-        sets = [f"--set=teacher.{field}={value}" for field, value in settings.items()]
-        return ["--source", "openai", "--path", str(corpus), "--out", str(scratch / name), *sets]
 
-    server = Served(seed)
-    before = cpu_seconds()
-    process = think(*options(server, "whole"))
-    result = output(process)
-    client_cpu = cpu_seconds() - before  # imports included
-    served = server.end()
-    seconds, limit = served["seconds"], concurrency / SECONDS
-    whole = {
-        "messages": result["messages"],
-        "written": result["written"],
-        "empty": result["empty"],
-        "rejected": result["rejected"],
-        "concurrency": concurrency,
-        "requests_per_second": round(served["requests"] / seconds, 1),
-        "limit": limit,
-        "share_of_limit": round(served["requests"] / seconds / limit, 3),
-        "client_cpu_seconds": round(client_cpu, 1),
-        "server": served,
-    }
+def endpoint(scratch: Path, messages: int, concurrency: int, seconds: float, seed: int) -> dict:
+    """The rate, beside that of a bare socket client at the same time on the same machine."""
+    load = os.getloadavg()[0]
+    server, before = Served(seed, seconds), cpu_seconds()
+    result = output(think(*options(server, scratch, "whole", messages, concurrency)))
+    cpu, served = cpu_seconds() - before, server.end()
+    limit = concurrency / seconds
+    rate = served["requests"] / served["seconds"]
     return {
+        **{name: result[name] for name in ("messages", "written", "empty", "rejected", "tries", "requests")},
+        "concurrency": concurrency,
+        "requests_per_second": round(rate, 1),
+        "limit": limit,
+        "share_of_limit": round(rate / limit, 3),
+        "bare_client_share": bare(concurrency, seconds, seed),
+        "client_cpu_seconds": round(cpu, 1),  # imports included
+        "server": served,
         "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "whole": whole,
-        "killed": killed(scratch, messages, options, seed),
+        "load_before_and_after": [round(load, 1), round(os.getloadavg()[0], 1)],
     }
 
 
-def killed(scratch: Path, messages: int, options: object, seed: int) -> dict:
+def bare(concurrency: int, seconds: float, seed: int) -> float:
+    """The share of the limit that blocking sockets reach, without any work: what this machine leaves of it."""
+    server = Served(seed, seconds)
+    host = urllib.parse.urlsplit(server.url).netloc
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 2000}]})
+
+    def work(_: int) -> None:
+        connection = http.client.HTTPConnection(host)
+        for _ in range(50):
+            try:
+                connection.request("POST", "/v1/chat/completions", body)
+                connection.getresponse().read()
+            except (OSError, http.client.HTTPException):
+                connection.close()
+        connection.close()
+
+    with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+        list(pool.map(work, range(concurrency)))
+    served = server.end()
+    return round(served["requests"] / served["seconds"] / (concurrency / seconds), 3)
+
+
+def killed(scratch: Path, messages: int, concurrency: int, seconds: float, seed: int) -> dict:
     """kill -9 after half of the messages; the same command goes on."""
-    server = Served(seed + 1)
-    process = think(*options(server, "killed"))
+    server = Served(seed, seconds)
+    command = options(server, scratch, "killed", messages, concurrency)
+    process = think(*command)
     while server.requests() < messages / 2:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     asked = server.requests()
-    result = output(think(*options(server, "killed")))
+    result = output(think(*command))
     lines = (scratch / "killed" / "think" / "transcripts.jsonl").read_text().splitlines()
     return {
         "requests_before_kill": asked,
-        "from_store": result["from_store"],
-        "messages": result["messages"],
-        "written": result["written"],
+        **{name: result[name] for name in ("from_store", "messages", "written")},
         "transcripts": len(lines),
         "server": server.end(),
     }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from endpoint_server import Act, Server
@@ -243,3 +244,12 @@ def test_a_folder_without_both_options_is_refused(tmp_path, capsys):
     for wrong in (["--source", "sgd"], ["--limit", "3"], ["--source", "none", "--path", str(tmp_path)]):
         assert cli.main(["think", "--out", str(tmp_path / "x"), *wrong]) == 2
         assert "--source" in capsys.readouterr().err
+
+
+def test_the_experiment_runs_small():
+    """experiments/teacher in seconds: the rate's arithmetic, not the rate."""
+    program = Path(__file__).parents[2] / "experiments" / "teacher" / "run.py"
+    done = subprocess.run([sys.executable, program, "endpoint", "--smoke", "--rate-only"], capture_output=True, text=True)
+    result = json.loads(done.stdout)
+    assert result["messages"] == result["written"] == 60 and result["tries"] == result["server"]["requests"] >= 60
+    assert result["server"]["served_again"] == 0 and 0 < result["share_of_limit"] <= 1
