@@ -75,8 +75,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verbs.convert": FIRST | {"metrics", "text", "model", "model_folder", "adapter_folder"},
     "verbs.cache": THIRD | {"evaluate"},
     "verbs.cache_parser": {"verbs.cache"},
-    "cli": THIRD | {"run_directory", "stages", "verbs"},
     "verbs": set(),
+    "cli": THIRD | {"run_directory", "stages", "verbs"},
     "": {"versions"},  # cacherl_jax/__init__.py
 }
 # Rooms for a host without an accelerator's libraries.
