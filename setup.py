@@ -9,7 +9,7 @@ EXTRAS = {
     "report": ["matplotlib>=3.8"],
     "data": ["array_record>=0.8"],
     "parity": ["torch"],
-    "teacher": ["openai>=1.40"],
+    "teacher": ["openai>=1.40", "tenacity>=9"],
 }
 EXTRAS["test"] = [
     *EXTRAS["tpu"],

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from cacherl_jax import interrupts
 from cacherl_jax.config import Config, ConfigError, load_config, with_overrides
-from cacherl_jax.verbs import convert, doctor, plan, rollout
+from cacherl_jax.verbs import convert, doctor, plan, rollout, think
 from cacherl_jax.verbs.cache_parser import add_verbs
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
@@ -56,9 +56,10 @@ def _first(args: argparse.Namespace) -> bool:
 
 def _run_errors() -> tuple[type[Exception], ...]:
     from cacherl_jax.cache.store import StoreError
+    from cacherl_jax.trajectories.paid import TeacherStopped
     from cacherl_jax.versions import MissingExtra
 
-    return (StoreError, MissingExtra, FileNotFoundError, plan.CompilerError)
+    return (StoreError, MissingExtra, FileNotFoundError, TeacherStopped, plan.CompilerError)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     helps = {
         "record": "tasks, demonstrators' transcripts and the cache's stores",
-        "think": "add the teacher's reasoning to the transcripts; train the tokenizer",
+        "think": "add the teacher's reasoning to the transcripts, or to a corpus; train the tokenizer",
         "sft": "clone the demonstrators",
         "grpo": "reinforce, tools answered by the cache alone",
         "eval": "test tasks, live and from the evaluation store",
@@ -85,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "rollout":
             rollout.add_arguments(verb)
             verb.set_defaults(verb=_rollout)
+        if name == "think":
+            think.add_arguments(verb)
+            verb.set_defaults(verb=_think)
     text = "weights from Hugging Face's files to a folder to start from, or back"
     verb = verbs.add_parser("convert", help=text, description=text)
     verb.add_argument("--json", action="store_true", help="one JSON object on standard output, no progress bar")
@@ -119,13 +123,14 @@ def _run_stages(args: argparse.Namespace) -> dict[str, Any]:
     _join(args, config)
     from cacherl_jax import metrics
     from cacherl_jax.run_directory import RunDirectory
-    from cacherl_jax.stages import eval, grpo, inputs, record, report, sft, think
+    from cacherl_jax.stages import eval, grpo, inputs, record, report, sft
+    from cacherl_jax.stages.think import think
 
     inputs.check_weights(config)
 
     verbs: dict[str, Callable[..., dict[str, Any]]] = {
         "record": record.record,
-        "think": think.think,
+        "think": think,
         "sft": sft.supervised,
         "grpo": grpo.reinforce,
         "eval": eval.evaluate,
@@ -137,6 +142,15 @@ def _run_stages(args: argparse.Namespace) -> dict[str, Any]:
     for stage in args.stages:
         result = verbs[stage](run, progress)
     return result
+
+
+def _think(args: argparse.Namespace) -> dict[str, Any]:
+    config = _config(args)
+    think.check(args)
+    _join(args, config)
+    from cacherl_jax import metrics
+
+    return think.think(args, config, metrics.progress_factory(enabled=not args.json and _first(args)))
 
 
 def _rollout(args: argparse.Namespace) -> dict[str, Any]:

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": FIRST | {"tools"},
     "model": FIRST | {"mesh"},
     "data": SECOND,
-    "trajectories": FIRST | {"text", "tools", "cache"},
+    "trajectories": FIRST | {"interrupts", "metrics", "text", "tools", "cache"},
     "corpus": THIRD - {"mesh", "model"},
     "rollout.sampling": FIRST | {"mesh"},
     "rollout.engine": FIRST | {"mesh", "model", "rollout.sampling"},  # token ids only: no text, tools or cache
@@ -66,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_directory": FIRST | {"processes"},
     "stages": THIRD | {"corpus", "rollout", "reward", "evaluate", "checkpoint", "model_folder", "train", "run_directory"},
     "verbs.rollout": THIRD | {"rollout", "checkpoint", "model_folder", "run_directory"},
+    "verbs.think": THIRD | {"run_directory", "stages"},
     "plan.topology": FIRST,
     "plan.hlo": set(),
     "plan.flops": FIRST | {"model"},
@@ -80,7 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": {"versions"},  # cacherl_jax/__init__.py
 }
 # Rooms for a host without an accelerator's libraries.
-WITHOUT_JAX = FIRST | {"text", "tools", "cache", "trajectories"}
+WITHOUT_JAX = FIRST | {"interrupts", "metrics", "text", "tools", "cache", "trajectories"}
 WITHOUT_JAX |= {f"rollout.{part}" for part in ("agent_loop", "tool_calls", "stream", "fork")}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 

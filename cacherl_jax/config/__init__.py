@@ -9,11 +9,13 @@ from cacherl_jax.config.model import LoraConfig, MemoryConfig, MeshConfig, Model
 from cacherl_jax.config.reward import JudgeConfig, RewardConfig
 from cacherl_jax.config.rollout import MIN_TURN, EvalConfig, RolloutConfig
 from cacherl_jax.config.run import Config, load_config, with_overrides
+from cacherl_jax.config.teacher import TEACHER_PARTS, TeacherConfig
 from cacherl_jax.config.training import OptimizerConfig, SftConfig
 
 __all__ = [
     "MIN_TURN",
     "PAPER_CACHE",
+    "TEACHER_PARTS",
     "CacheConfig",
     "Config",
     "ConfigError",
@@ -32,6 +34,7 @@ __all__ = [
     "SftConfig",
     "SimulatorConfig",
     "StopRules",
+    "TeacherConfig",
     "TokenizerConfig",
     "WatchConfig",
     "YarnConfig",

@@ -23,6 +23,7 @@ from cacherl_jax.config.grpo import GrpoConfig
 from cacherl_jax.config.model import MemoryConfig, MeshConfig, ModelConfig
 from cacherl_jax.config.reward import RewardConfig
 from cacherl_jax.config.rollout import EvalConfig, RolloutConfig
+from cacherl_jax.config.teacher import TeacherConfig
 from cacherl_jax.config.training import SftConfig
 
 
@@ -39,6 +40,7 @@ class Config:
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     cache: CacheConfig = CacheConfig()
+    teacher: TeacherConfig = TeacherConfig()
     sft: SftConfig = SftConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()

@@ -12,7 +12,7 @@ from cacherl_jax.cache.best_effort import open_simulator
 from cacherl_jax.cache.lookup import CachedTools
 from cacherl_jax.cache.snapshot import snapshot_id
 from cacherl_jax.cache.store import SQLiteStore, StoreError
-from cacherl_jax.config import Config, ConfigError, ModelConfig
+from cacherl_jax.config import TEACHER_PARTS, Config, ConfigError, ModelConfig
 from cacherl_jax.mesh import make_mesh
 from cacherl_jax.model import qwen3
 from cacherl_jax.run_directory import RunDirectory
@@ -26,7 +26,7 @@ POLICIES = ("sft", "expert_sft", "grpo")
 
 # The configuration that each stage depends on.
 RECORD = ("seed", "data", "cache")
-THINK = (*RECORD, "tokenizer", "weights")
+THINK = (*RECORD, *TEACHER_PARTS, "tokenizer", "weights")
 MODEL = ("model", "mesh", "memory.compute")  # the rest of memory changes rounding at most
 GRPO = (*THINK, *MODEL, "sft", "rollout", "reward", "grpo")
 

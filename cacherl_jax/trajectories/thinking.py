@@ -6,107 +6,126 @@ final turn always gets written reasoning. Tool calls, results and errors stay by
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-import json
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from cacherl_jax.trajectories.teacher import Teacher
+from cacherl_jax.config import TeacherConfig
+from cacherl_jax.trajectories import checks
+from cacherl_jax.trajectories.teacher import Answer, Teacher
 from cacherl_jax.types import Message, Transcript
+
+How = Literal["kept", "wrapped", "written", "empty"]
+
+
+@dataclass(frozen=True)
+class Thought:
+    """An assistant message with its reasoning: kept as recorded, wrapped, written, or an empty block after `attempts`
+    rejections. rejected: the reason of each reply that the checks did not take, in order."""
+
+    message: Message
+    how: How
+    rejected: tuple[str, ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
 @dataclass
 class ThinkingReport:
-    """What was done to a set of transcripts: messages wrapped, written, kept (had reasoning), and rejected for a leak."""
+    """What was done to a set of transcripts: assistant messages by what became of them, rejected replies by reason."""
 
-    wrapped: int = 0
-    written: int = 0
-    kept: int = 0
-    leaked: int = 0
+    messages: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
 
-    def to_json(self) -> dict[str, int]:
-        return dataclasses.asdict(self)
+    def add(self, thought: Thought) -> None:
+        self.messages[thought.how] += 1
+        self.rejected.update(thought.rejected)
+
+    def to_json(self) -> dict[str, Any]:
+        by_how = {how: self.messages[how] for how in ("kept", "wrapped", "written", "empty")}
+        return {"messages": self.messages.total(), **by_how, "rejected": dict(sorted(self.rejected.items()))}
 
 
-def add_thinking(transcript: Transcript, teacher: Teacher, report: ThinkingReport) -> Transcript:
-    """`transcript` with reasoning in every assistant message; counts go to `report`.
-
-    Reasoning that names a value which only later results contain is rejected: the message then gets an empty block.
-    """
+async def add_thinking(
+    transcript: Transcript, teacher: Teacher, config: TeacherConfig, on_message: Callable[[Thought], None]
+) -> tuple[Transcript, list[dict[str, Any]]]:
+    """`transcript` with reasoning in every assistant message, and a row of provenance for each. Messages do not depend on
+    each other, and the teacher is asked about all of them at once; `on_message` takes each as it is done."""
     messages = transcript.messages
-    out: list[Message] = []
-    for i, message in enumerate(messages):
-        if message.role != "assistant":
-            out.append(message)
-        elif message.reasoning:
-            report.kept += 1
-            out.append(message)
-        elif _goes_on(messages, i) and message.content and teacher.classify(messages[:i], message) == "analytical":
-            report.wrapped += 1
-            out.append(dataclasses.replace(message, reasoning=message.content, content=""))
-        else:
-            reasoning = teacher.write(messages[:i], message)
-            if leaks(reasoning, messages[:i], message, messages[i + 1 :]):
-                report.leaked += 1
-                reasoning = ""
-            else:
-                report.written += 1
-            out.append(dataclasses.replace(message, reasoning=reasoning))
+
+    async def think(i: int) -> Thought:
+        thought = await think_message(messages, i, teacher, config)
+        on_message(thought)
+        return thought
+
+    places = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    thoughts = dict(zip(places, await asyncio.gather(*map(think, places)), strict=True))
+    out = (thoughts[i].message if i in thoughts else message for i, message in enumerate(messages))
     thought = dataclasses.replace(transcript, messages=tuple(out))
-    check_unchanged(transcript, thought)
-    return thought
+    checks.check_unchanged(transcript, thought)
+    return thought, [_provenance(transcript.id, i, thoughts[i], teacher) for i in places]
 
 
-def _goes_on(messages: Sequence[Message], i: int) -> bool:
-    """Whether the assistant acts on before the user speaks again. Text that ends its turn is for the user, however it
-    sounds: as reasoning it would leave the turn empty."""
-    return bool(messages[i].tool_calls) or (i + 1 < len(messages) and messages[i + 1].role == "assistant")
+def _provenance(transcript: str, i: int, thought: Thought, teacher: Teacher) -> dict[str, Any]:
+    row: dict[str, Any] = {"transcript": transcript, "message": i, "how": thought.how}
+    if thought.how == "kept":
+        return row
+    row |= {"teacher": teacher.name, "prompt": teacher.prompt}
+    return row | {
+        "prompt_tokens": thought.prompt_tokens,
+        "completion_tokens": thought.completion_tokens,
+        "rejected": list(thought.rejected),
+    }
 
 
-def check_unchanged(before: Transcript, after: Transcript) -> None:
-    """Raises ValueError naming the first call, result, error or user text that differs."""
-    if len(before.messages) != len(after.messages):
-        raise ValueError(f"{before.id}: {len(before.messages)} messages became {len(after.messages)}")
-    for i, (a, b) in enumerate(zip(before.messages, after.messages, strict=True)):
-        if a.role == "assistant":
-            a, b = (dataclasses.replace(m, content="", reasoning=None) for m in (a, b))
-        if a != b:
-            raise ValueError(f"{before.id}, message {i}: {a} became {b}")
+async def think_message(messages: Sequence[Message], i: int, teacher: Teacher, config: TeacherConfig) -> Thought:
+    """The assistant message `messages[i]` with its reasoning. The teacher is given the messages before it alone.
+
+    Reasoning that `checks.problem` rejects is asked for again, `config.attempts` times in all; then the block is empty. A
+    message whose text cannot be classified counts as addressed to the user: its text stays where it is.
+    """
+    past, message = messages[:i], messages[i]
+    if message.reasoning:
+        return Thought(message, "kept")
+    if checks.THINK_MARK.search(message.content):
+        inside = checks.THINK_BLOCK.fullmatch(message.content)
+        if inside and not checks.THINK_MARK.search(inside[1] + inside[2]):
+            return Thought(dataclasses.replace(message, reasoning=inside[1].strip(), content=inside[2]), "kept")
+        # Where its reasoning ends nobody can say, and no reasoning in front of it would mend the text to the user.
+        return Thought(dataclasses.replace(message, reasoning=""), "empty", ("marked_text",))
+    answers: list[Answer] = []
+    rejected: list[str] = []
+
+    def done(how: How, **changes: str) -> Thought:
+        tokens = (sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers))
+        return Thought(dataclasses.replace(message, **changes), how, tuple(rejected), *tokens)
+
+    if classifies(messages, i):
+        for attempt in range(config.attempts if teacher.draws else 1):
+            answers.append(await teacher.classify(past, message, attempt))
+            if not answers[-1].problem:
+                break
+            rejected.append(answers[-1].problem)
+        if answers[-1].value == "analytical":
+            if checks.MARKS.search(message.content):
+                rejected.append("marks")  # would break the block; the text stays where it is
+            else:
+                return done("wrapped", reasoning=message.content, content="")
+    for attempt in range(config.attempts if teacher.draws else 1):
+        answers.append(await teacher.write(past, message, attempt))
+        problem = answers[-1].problem or checks.problem(answers[-1].value, messages, i, config)
+        if not problem:
+            return done("written", reasoning=answers[-1].value)
+        rejected.append(problem)
+    return done("empty", reasoning="")
 
 
-_WORD = re.compile(r"\w+(?:[.@:/-]\w+)*")
-
-
-def leaks(reasoning: str, past: Sequence[Message], message: Message, future: Sequence[Message]) -> bool:
-    """Whether the reasoning names a value, of one word or several, that stands in a later tool result and nowhere up to the
-    message itself."""
-    calls = [c for m in (*past, message) for c in m.tool_calls]
-    known = _words(" ".join([*(m.content for m in (*past, message)), *(f"{c.name} {c.arguments}" for c in calls)]))
-    said = _words(reasoning)
-    later = {_words(str(v)) for m in future if m.role == "tool" for v in _leaves(m.content)}
-    return any(value.strip() and value in said and value not in known for value in later)
-
-
-def _words(text: str) -> str:
-    """The words of a text in one form, each between spaces, so that a run of words is found as a substring."""
-    return f" {' '.join(_WORD.findall(text.lower()))} "
-
-
-def _leaves(content: str) -> list[Any]:
-    """The scalar values of a result as JSON writes them; the words of a text that is not JSON."""
-    try:
-        stack = [json.loads(content)]
-    except (ValueError, RecursionError):
-        return _WORD.findall(content)
-    leaves = []
-    while stack:
-        value = stack.pop()
-        if isinstance(value, dict):
-            stack += value.values()
-        elif isinstance(value, list):
-            stack += value
-        else:
-            leaves.append(value if isinstance(value, str) else json.dumps(value))
-    return leaves
+def classifies(messages: Sequence[Message], i: int) -> bool:
+    """Whether the text of `messages[i]` may be the agent's own: it acts on before the user speaks again. Text that ends its
+    turn is for the user, however it sounds: as reasoning it would leave the turn empty."""
+    message = messages[i]
+    goes_on = bool(message.tool_calls) or (i + 1 < len(messages) and messages[i + 1].role == "assistant")
+    return goes_on and bool(message.content.strip())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from cacherl_jax.types import Transcript
 
@@ -27,12 +29,20 @@ def read_transcripts(path: Path) -> tuple[list[Transcript], list[str]]:
 
 def write_transcripts(path: Path, transcripts: Iterable[Transcript]) -> int:
     """Writes all of them or, if interrupted, none: the file appears whole. Returns their number."""
+    count = 0
+    with whole_lines(path) as write:
+        for transcript in transcripts:
+            write(transcript.to_json())
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def whole_lines(path: Path) -> Iterator[Callable[[Any], None]]:
+    """Takes the rows of a JSON Lines file one by one. The file appears when all are there; after an error it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    count = 0
     with temporary.open("w", encoding="utf-8") as f:
-        for transcript in transcripts:
-            f.write(json.dumps(transcript.to_json()) + "\n")  # in ASCII: JSON can spell halves of surrogate pairs, UTF-8 cannot
-            count += 1
+        # In ASCII: JSON can spell halves of surrogate pairs, UTF-8 cannot.
+        yield lambda row: print(json.dumps(row), file=f)
     os.replace(temporary, path)
-    return count

@@ -1,0 +1,71 @@
+"""A model of ours as the teacher: asked in batches, answers each request the same in any company."""
+
+import asyncio
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from cacherl_jax import mesh, model_folder
+from cacherl_jax.config import Config, ConfigError, ModelConfig, RolloutConfig, TeacherConfig
+from cacherl_jax.model import qwen3
+from cacherl_jax.rollout.turns import Prompt, sample_turns
+from cacherl_jax.stages.policy_teacher import load
+from cacherl_jax.text.tokenizer import train_tokenizer
+from cacherl_jax.trajectories import prompts
+from cacherl_jax.trajectories.paid import Refused
+from cacherl_jax.types import Message
+
+MESSAGE = Message("assistant", "It is in Oslo.")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    tok = train_tokenizer([prompts.CLASSIFY, prompts.WRITE] * 2, [], 600)
+    tok.save(folder / "tokenizer")
+    shape = ModelConfig(
+        vocab_size=tok.vocab_size, hidden_size=16, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, intermediate_size=16
+    )
+    model_folder.write(folder, qwen3.init(shape, jax.random.key(0), mesh.one_device()))
+    teacher = TeacherConfig(kind="policy", policy=str(folder), max_tokens=12, concurrency=2)
+    rollout = RolloutConfig(context=512, rows=4, decode_steps=8)
+    return dataclasses.replace(Config(), teacher=teacher, rollout=rollout)
+
+
+def request(text, seed=0, max_tokens=12):
+    chat = prompts.write([Message("user", text)], MESSAGE, {}, 1000)
+    return prompts.Request("policy", chat, "reasoning", 1.0, max_tokens, seed)
+
+
+def test_a_request_is_answered_the_same_alone_and_in_company(policy):
+    model = load(policy)
+    asked = [request("Where?"), request("Where is it?"), request("Where?", seed=1)]
+
+    async def all_at_once():
+        return await asyncio.gather(*map(model.complete, asked))
+
+    together = asyncio.run(all_at_once())
+    assert together == [asyncio.run(model.complete(one)) for one in asked]
+    assert all(1 <= reply.completion_tokens <= 12 and reply.prompt_tokens > 100 for reply in together)
+    assert all(reply.problem == ("cut" if reply.completion_tokens == 12 else "") for reply in together)
+    with pytest.raises(Refused, match="exceed rollout"):
+        asyncio.run(model.complete(request("Where? " * 300)))
+
+
+def test_turns_stop_at_their_budgets_and_misfits_are_refused(policy):
+    model = load(policy)
+    engine, key_2 = model._engine, np.zeros(2, np.uint32)
+    short, long = sample_turns(engine, model._model, [Prompt([1, 2, 3], 3, key_2), Prompt([1, 2, 3], 11, key_2)], 0.0)
+    assert len(short) <= 3 and len(long) <= 11 and long[: len(short)] == short
+    for wrong in ([Prompt([1], 512, key_2)], [Prompt([1], 1, key_2)] * 3):
+        with pytest.raises(ValueError, match=r"exceed|rows"):
+            sample_turns(engine, model._model, wrong, 0.0)
+
+
+def test_a_policy_without_room_is_refused_before_any_work(policy):
+    with pytest.raises(ConfigError, match="leaves no room"):
+        load(dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, context=12)))
+    with pytest.raises(ConfigError, match="holds no model"):
+        load(dataclasses.replace(policy, teacher=dataclasses.replace(policy.teacher, policy="nowhere")))
