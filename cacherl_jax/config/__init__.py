@@ -4,6 +4,7 @@ whole run and its way from and to JSON."""
 from cacherl_jax.config.basics import ConfigError, EndpointConfig
 from cacherl_jax.config.cache import PAPER_CACHE, CacheConfig, SimulatorConfig
 from cacherl_jax.config.data import DataConfig, TokenizerConfig
+from cacherl_jax.config.iterate import IterateConfig, MixConfig, RejectionConfig
 from cacherl_jax.config.model import LoraConfig, MemoryConfig, MeshConfig, ModelConfig, YarnConfig
 from cacherl_jax.config.rollout import MIN_TURN, EvalConfig, RolloutConfig
 from cacherl_jax.config.run import Config, load_config, with_overrides
@@ -19,11 +20,14 @@ __all__ = [
     "EndpointConfig",
     "EvalConfig",
     "GrpoConfig",
+    "IterateConfig",
     "LoraConfig",
     "MemoryConfig",
     "MeshConfig",
+    "MixConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RejectionConfig",
     "RolloutConfig",
     "SftConfig",
     "SimulatorConfig",

@@ -19,6 +19,7 @@ import pydantic
 from cacherl_jax.config.basics import ConfigError, Count, require
 from cacherl_jax.config.cache import CacheConfig
 from cacherl_jax.config.data import DataConfig, TokenizerConfig
+from cacherl_jax.config.iterate import IterateConfig
 from cacherl_jax.config.model import MemoryConfig, MeshConfig, ModelConfig
 from cacherl_jax.config.rollout import EvalConfig, RolloutConfig
 from cacherl_jax.config.training import GrpoConfig, SftConfig
@@ -41,6 +42,7 @@ class Config:
     rollout: RolloutConfig = RolloutConfig()
     grpo: GrpoConfig = GrpoConfig()
     eval: EvalConfig = EvalConfig()
+    iterate: IterateConfig = IterateConfig()
 
     def __post_init__(self) -> None:
         require(

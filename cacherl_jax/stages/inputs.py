@@ -28,7 +28,10 @@ POLICIES = ("sft", "expert_sft", "grpo")
 RECORD = ("seed", "data", "cache")
 THINK = (*RECORD, "tokenizer", "weights")
 MODEL = ("model", "mesh", "memory.compute")  # the rest of memory changes rounding at most
+SFT = (*THINK, *MODEL, "sft", "rollout.context", "rollout.max_tool_tokens")
 GRPO = (*THINK, *MODEL, "sft", "rollout", "grpo")
+REJECTION = (*GRPO, "iterate.rejection")
+MERGED = (*REJECTION, "iterate.mix")  # all that stands on what earlier rounds accepted
 
 EVAL_SAMPLE = 0
 
