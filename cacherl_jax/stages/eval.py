@@ -11,7 +11,6 @@ from cacherl_jax import corpus as corpora
 from cacherl_jax import metrics, processes
 from cacherl_jax.evaluate import coverage, intervals, process_accuracy
 from cacherl_jax.rollout import runner
-from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.run_directory import RunDirectory, write_lines
 from cacherl_jax.stages.inputs import (
     EVAL_SAMPLE,
@@ -25,6 +24,7 @@ from cacherl_jax.stages.inputs import (
     load_trajectories,
     model_config,
     open_cache,
+    open_engine,
 )
 from cacherl_jax.types import Task, ToolProvider, ToolSpec
 
@@ -60,7 +60,7 @@ def play(run: RunDirectory, folder: Path, policies: Mapping[str, str], progress:
     live = corpora.live_tools(config, "test")
     if live is not None:
         providers["live"] = live
-    engine = Engine.of_run(config, tok.stop_ids)
+    engine = open_engine(config, tuple(tok.stop_ids))
     sampling = dataclasses.replace(config.rollout, temperature=config.eval.temperature)
     results: dict[str, Any] = {}
     with progress(total=len(tasks) * len(policies) * len(providers), desc="eval") as bar:

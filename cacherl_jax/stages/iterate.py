@@ -31,7 +31,6 @@ from cacherl_jax.data.pipeline import Row
 from cacherl_jax.evaluate import intervals, process_accuracy, rounds
 from cacherl_jax.reward.answer import answer_reward
 from cacherl_jax.rollout import runner, stream
-from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.run_directory import RunDirectory, write_json, write_lines
 from cacherl_jax.stages import eval, grpo, record, sft, think
 from cacherl_jax.stages.inputs import (
@@ -47,6 +46,7 @@ from cacherl_jax.stages.inputs import (
     load_trajectories,
     model_config,
     open_cache,
+    open_engine,
 )
 from cacherl_jax.text import chat
 from cacherl_jax.tools import registry
@@ -90,7 +90,7 @@ def _reject(run: RunDirectory, number: int, progress: metrics.ProgressFactory) -
         episodes = [(task, sample) for task in tasks for sample in range(rules.samples)]
         # Of three numbers, so that no step of GRPO, seeded by two, draws the same.
         seed = int(np.random.SeedSequence((config.seed, number, len("rejection"))).generate_state(1)[0])
-        engine = Engine.of_run(config, tok.stop_ids)
+        engine = open_engine(config, tuple(tok.stop_ids))
         model = engine.place(load_policy(run, policy, config))
         sampling = dataclasses.replace(config.rollout, temperature=rules.temperature)
         part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
