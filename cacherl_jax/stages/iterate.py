@@ -55,6 +55,8 @@ from cacherl_jax.trajectories.transcripts import write_transcripts
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task
 
+DRAWS = 1  # third of the numbers that seed a round's draws: steps of GRPO are seeded by two
+
 
 def iterate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any]:
     """All rounds, the SFT after the last, and the page. Returns what rounds.json holds."""
@@ -86,10 +88,10 @@ def _reject(run: RunDirectory, number: int, progress: metrics.ProgressFactory) -
     def body(folder: Path) -> dict[str, Any]:
         config, tok, specs = model_config(run), load_tokenizer(run), load_specs(run)
         rules = config.iterate.rejection
-        tasks = _chosen(load_tasks(run, "train"), rules.tasks, (config.seed, number))
+        key = np.random.SeedSequence((config.seed, number, DRAWS))
+        tasks = _chosen(load_tasks(run, "train"), rules.tasks, np.random.default_rng(key))
         episodes = [(task, sample) for task in tasks for sample in range(rules.samples)]
-        # Of three numbers, so that no step of GRPO, seeded by two, draws the same.
-        seed = int(np.random.SeedSequence((config.seed, number, len("rejection"))).generate_state(1)[0])
+        seed = int(key.generate_state(1)[0])
         engine = open_engine(config, tuple(tok.stop_ids))
         model = engine.place(load_policy(run, policy, config))
         sampling = dataclasses.replace(config.rollout, temperature=rules.temperature)
@@ -133,11 +135,11 @@ def _reject(run: RunDirectory, number: int, progress: metrics.ProgressFactory) -
     return run.run(stage, MERGED if number else REJECTION, body)
 
 
-def _chosen(tasks: Sequence[Task], count: int, seed: Sequence[int]) -> list[Task]:
+def _chosen(tasks: Sequence[Task], count: int, rng: np.random.Generator) -> list[Task]:
     """`count` of the tasks, others each round, in their own order; 0 is all."""
     if not count or count >= len(tasks):
         return list(tasks)
-    return [tasks[i] for i in sorted(np.random.default_rng(seed).permutation(len(tasks))[:count])]
+    return [tasks[i] for i in sorted(rng.permutation(len(tasks))[:count])]
 
 
 def _merged_rows(run: RunDirectory, number: int) -> tuple[list[Row], dict[str, Any]]:

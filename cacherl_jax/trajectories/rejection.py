@@ -60,7 +60,7 @@ def select(
 ) -> tuple[list[Trajectory], dict[str, int]]:
     """The accepted episodes, at most `rules.keep` a task, in the order in which their tasks come; and how many episodes met
     which end, ACCEPTED or one of REASONS."""
-    counts = Counter(dict.fromkeys((ACCEPTED, *REASONS), 0))
+    counts: Counter[str] = Counter(dict.fromkeys((ACCEPTED, *REASONS), 0))
     good: dict[str, dict[bytes, Trajectory]] = defaultdict(dict)
     for task, trajectory in episodes:
         said = verdict(task, trajectory, calls, answer, rules)

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cacherl_jax import metrics
 from cacherl_jax.config import Config, load_config, with_overrides
 from cacherl_jax.run_directory import RunDirectory, write_json
@@ -82,7 +84,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for source, colour in (("live", "#0072B2"), ("cached", "#E69F00")):
             if source in result["versions"][0]:
                 points = [version[source]["process"] for version in result["versions"]]
-                errors = [[p["mean"] - p["low"] for p in points], [p["high"] - p["mean"] for p in points]]
+                errors = np.clip([[p["mean"] - p["low"] for p in points], [p["high"] - p["mean"] for p in points]], 0, None)
                 names = [version["version"] for version in result["versions"]]
                 axis.errorbar(names, [p["mean"] for p in points], errors, fmt="o-", color=colour, capsize=3, label=source)
         axis.set(title=f"{name}, {result['tasks']} test tasks", ylabel="process accuracy", ylim=(0, 1))

@@ -104,12 +104,17 @@ def test_a_task_keeps_its_cheapest_episodes_of_different_tools_each_once():
 
 
 def test_an_accepted_episode_reads_as_a_recorded_one_and_is_rendered_to_its_own_ids():
-    asked = dataclasses.replace(TASK, messages=(Message("system", "Be brief."), *TASK.messages), followups=("And list it.",))
+    asked = dataclasses.replace(
+        TASK, messages=(Message("system", "Be brief."), *TASK.messages), followups=("And list it.", "Again.")
+    )
     both = FIND + "\n" + LIST.removeprefix("I look.\n</think>\n\n")
-    trajectory = play(FIND, "\n</think>\n\nNot yet.", both, ANSWER, task=asked, result="found " * 40)
+    trajectory = play(FIND, "\n</think>\n\nNot yet.", both, ANSWER, ANSWER, task=asked, result="found " * 40)
     transcript = rejection.as_transcript(TOK, asked, trajectory, "grpo")
-    roles = "system user assistant tool assistant user assistant tool tool assistant"
-    assert " ".join(m.role for m in transcript.messages) == roles and transcript.messages[5].content == "And list it."
+    roles = "system user assistant tool assistant user assistant tool tool assistant user assistant"
+    assert " ".join(m.role for m in transcript.messages) == roles
+    assert [m.content for m in transcript.messages if m.role == "user"] == ["Find it.", "And list it.", "Again."]
+    (read,) = {m.content for m in transcript.messages if m.role == "tool"}
+    assert 0 < len(read) < 240 and ("found " * 40).startswith(read)  # what the policy read, not all that the tool said
     calls = [c for m in transcript.messages for c in m.tool_calls]
     assert calls == list(trajectory.calls) and transcript.messages[-1].content == trajectory.answer == "Found it: 17."
     ids, sampled, _ = chat.transcript_tokens(TOK, transcript, SPECS, LOOP.max_tool_tokens)
