@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "eval": "test tasks, live and from the evaluation store",
         "report": "summary.json, figure, table, page of trajectories",
         "demo": "all of these, in order",
+        "iterate": "record and think once, then rounds of sft, grpo and rejection sampling, each evaluated",
         "rollout": "play tasks with a policy, tools answered by a store, into a folder of trajectories",
     }
     for name, text in helps.items():
@@ -123,7 +124,7 @@ def _run_stages(args: argparse.Namespace) -> dict[str, Any]:
     _join(args, config)
     from cacherl_jax import metrics
     from cacherl_jax.run_directory import RunDirectory
-    from cacherl_jax.stages import eval, grpo, inputs, record, report, sft
+    from cacherl_jax.stages import eval, grpo, inputs, iterate, record, report, sft
     from cacherl_jax.stages.think import think
 
     inputs.check_weights(config)
@@ -135,6 +136,7 @@ def _run_stages(args: argparse.Namespace) -> dict[str, Any]:
         "grpo": grpo.reinforce,
         "eval": eval.evaluate,
         "report": report.summarise,
+        "iterate": iterate.iterate,
     }
     run = RunDirectory(args.out, config)
     progress = metrics.progress_factory(enabled=not args.json and _first(args))

@@ -32,6 +32,7 @@ def test_json_round_trip_keeps_every_field():
         ("data.source=sgd", "data.path is empty"),
         ("rollout.max_sampled_tokens=7", "max_sampled_tokens=7 opens no turn at all: one needs room for 8 tokens"),
         ("grpo.minibatches=129", "minibatches=129 is above grpo.prompts x grpo.group = 128"),
+        ("iterate.rejection.keep=5", "rejection.keep=5 is above iterate.rejection.samples=4; no task has so many episodes"),
         ("grpo.packed_length=128", "packed_length=128 is below rollout.context=256"),
         ("grpo.stops.soft_tokens=9", "soft_tokens=9 softens the penalty of the token cap.*'keep'; set it to 'penalty'"),
         ('grpo.stops={"token_cap": "penalty", "soft_tokens": 400}', "soft_tokens=400 is above rollout.max_sampled_tokens=320"),

@@ -5,6 +5,7 @@ from cacherl_jax.config.basics import ConfigError, EndpointConfig
 from cacherl_jax.config.cache import PAPER_CACHE, CacheConfig, SimulatorConfig
 from cacherl_jax.config.data import DataConfig, TokenizerConfig
 from cacherl_jax.config.grpo import GrpoConfig, StopRules, WatchConfig
+from cacherl_jax.config.iterate import IterateConfig, MixConfig, RejectionConfig
 from cacherl_jax.config.model import LoraConfig, MemoryConfig, MeshConfig, ModelConfig, YarnConfig
 from cacherl_jax.config.reward import JudgeConfig, RewardConfig
 from cacherl_jax.config.rollout import MIN_TURN, EvalConfig, RolloutConfig
@@ -23,12 +24,15 @@ __all__ = [
     "EndpointConfig",
     "EvalConfig",
     "GrpoConfig",
+    "IterateConfig",
     "JudgeConfig",
     "LoraConfig",
     "MemoryConfig",
     "MeshConfig",
+    "MixConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RejectionConfig",
     "RewardConfig",
     "RolloutConfig",
     "SftConfig",

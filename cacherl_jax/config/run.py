@@ -20,6 +20,7 @@ from cacherl_jax.config.basics import ConfigError, Count, require
 from cacherl_jax.config.cache import CacheConfig
 from cacherl_jax.config.data import DataConfig, TokenizerConfig
 from cacherl_jax.config.grpo import GrpoConfig
+from cacherl_jax.config.iterate import IterateConfig
 from cacherl_jax.config.model import MemoryConfig, MeshConfig, ModelConfig
 from cacherl_jax.config.reward import RewardConfig
 from cacherl_jax.config.rollout import EvalConfig, RolloutConfig
@@ -46,6 +47,7 @@ class Config:
     reward: RewardConfig = RewardConfig()
     grpo: GrpoConfig = GrpoConfig()
     eval: EvalConfig = EvalConfig()
+    iterate: IterateConfig = IterateConfig()
 
     def __post_init__(self) -> None:
         require(

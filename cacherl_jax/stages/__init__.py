@@ -8,5 +8,7 @@
     report/   training.png, trajectories.html, table.md
     summary.json
 
+`iterate` (iterate.py) makes rounds of sft, grpo and rejection sampling of these, each in a folder of its own.
+
 Training opens training.sqlite (and validation.sqlite for its curve); evaluation.sqlite is opened by eval alone.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,19 @@ from cacherl_jax.train import grpo
 from cacherl_jax.types import ToolProvider
 
 
-def reinforce(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any]:
-    """GRPO on the training tasks, every tool call answered by the training store; with `grpo.tools` "live" by the tools."""
-    run.require("sft")
+def reinforce(
+    run: RunDirectory,
+    progress: metrics.ProgressFactory,
+    *,
+    stage: str = "grpo",
+    start: str = "sft",
+    parts: Sequence[str] = GRPO,
+) -> dict[str, Any]:
+    """GRPO on the training tasks, every tool call answered by the training store; with `grpo.tools` "live" by the tools.
+
+    start: the stage whose policy it begins with; parts: the configuration that both depend on.
+    """
+    run.require(start)
 
     def body(folder: Path) -> dict[str, Any]:
         config, tok, specs = model_config(run), load_tokenizer(run), load_specs(run)
@@ -49,21 +60,12 @@ def reinforce(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str,
             trajectories = runner.run(engine, model, tok, specs, episodes, cached, greedy, config.seed)
             return process_accuracy.evaluate(held_out, trajectories, specs).process.mean
 
-        reference = load_policy(run, "sft", config)
+        reference = load_policy(run, start, config)
         tasks = load_tasks(run, "train")
         _, live_calls = grpo.train(
-            config,
-            reference,
-            tok,
-            tasks,
-            specs,
-            training,
-            folder,
-            base=run.out / "sft",
-            validate=validate,
-            progress=progress,
+            config, reference, tok, tasks, specs, training, folder, base=run.out / start, validate=validate, progress=progress,
             judge=open_judge(config.reward, folder / "verdicts.sqlite"),
-        )
+        )  # fmt: skip
         return {"live_calls": live_calls}
 
-    return run.run("grpo", GRPO, body)
+    return run.run(stage, parts, body)

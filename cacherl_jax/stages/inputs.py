@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from cacherl_jax.cache.store import SQLiteStore, StoreError
 from cacherl_jax.config import TEACHER_PARTS, Config, ConfigError, ModelConfig
 from cacherl_jax.mesh import make_mesh
 from cacherl_jax.model import qwen3
+from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.run_directory import RunDirectory
 from cacherl_jax.text.tokenizer import Tokenizer
 from cacherl_jax.tools.registry import specs_from_json
@@ -28,7 +30,10 @@ POLICIES = ("sft", "expert_sft", "grpo")
 RECORD = ("seed", "data", "cache")
 THINK = (*RECORD, *TEACHER_PARTS, "tokenizer", "weights")
 MODEL = ("model", "mesh", "memory.compute")  # the rest of memory changes rounding at most
+SFT = (*THINK, *MODEL, "sft", "rollout.context", "rollout.max_tool_tokens")
 GRPO = (*THINK, *MODEL, "sft", "rollout", "reward", "grpo")
+REJECTION = (*GRPO, "iterate.rejection")
+MERGED = (*REJECTION, "iterate.mix")  # all that stands on what earlier rounds accepted
 
 EVAL_SAMPLE = 0
 
@@ -92,6 +97,12 @@ def load_policy(run: RunDirectory, stage: str, config: Config) -> qwen3.Qwen3:
     """The trained model of a finished stage."""
     like = checkpoint.abstract_model(config.model, make_mesh(config.mesh))
     return checkpoint.restore_model(run.out / stage / "checkpoints", like)
+
+
+@functools.lru_cache(maxsize=1)
+def open_engine(config: Config, stop_ids: tuple[int, ...]) -> Engine:
+    """The run's engine; the last one opened is kept with its programs, since a run of rounds plays many policies by one."""
+    return Engine.of_run(config, stop_ids)
 
 
 def load_trajectories(path: Path) -> list[Trajectory]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cacherl_jax.evaluate.intervals import bootstrap_mean, hierarchical, paired_difference, wilson
+from cacherl_jax.evaluate.intervals import bootstrap_mean, hierarchical_difference, paired_difference, wilson
 from cacherl_jax.evaluate.process_accuracy import evaluate, milestone_share, process_accuracy
 from cacherl_jax.trajectory import StopReason, Trajectory
 from cacherl_jax.types import Kind, Observation, Task, Tier, ToolCall, ToolResult, ToolSpec
@@ -82,18 +82,17 @@ def test_bootstrap_covers_as_a_normal_interval_would():
         paired_difference([1, 2], [1], seed=0, draws=10)
 
 
-def test_an_interval_over_runs_and_tasks_holds_the_mean_over_runs_not_seen():
-    """Runs whose true accuracies vary: tasks alone would give an interval that misses the mean of all runs far too often."""
+def test_a_difference_over_runs_knows_both_sources_of_chance():
     rng = np.random.default_rng(0)
-    held, blind = 0, 0
-    for trial in range(60):
-        runs = [(rng.random(300) < p).astype(float) for p in 0.6 + 0.06 * rng.standard_normal(8)]
-        over_both = hierarchical(runs, seed=trial, draws=500)
-        over_tasks = bootstrap_mean(np.concatenate(runs), draws=500)
-        held += over_both.low <= 0.6 <= over_both.high
-        blind += over_tasks.low <= 0.6 <= over_tasks.high
-        assert over_both.mean == pytest.approx(np.mean([run.mean() for run in runs]))
-    assert held >= 50 and blind < held - 5
-    assert hierarchical([[1.0, 1.0], [1.0]]).low == 1.0
-    with pytest.raises(ValueError, match="at least one"):
-        hierarchical([[0.5], []])
+    before_RN = rng.random((40, 50))
+    after_RN = before_RN + 0.2 + 0.1 * rng.standard_normal((40, 1)) + 0.3 * rng.standard_normal((40, 50))
+    found = hierarchical_difference(after_RN.tolist(), before_RN.tolist(), seed=0, draws=600)
+    difference_RN = after_RN - before_RN
+    error = np.sqrt((difference_RN.mean(axis=1).var() + difference_RN.var(axis=1).mean() / 50) / 40)
+    assert found.mean == pytest.approx(difference_RN.mean()) and found.n == 2000
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    uneven = hierarchical_difference([[1.0], [0.0] * 9], [[0.0], [0.0] * 9], seed=0, draws=200)
+    assert (uneven.mean, uneven.low, uneven.high) == (0.5, 0.0, 1.0)  # a run is a run, however few its tasks
+    for after, before in (([], []), ([[1.0]], [[1.0, 2.0]]), ([[]], [[]]), ([[1.0]], [[1.0], [2.0]])):
+        with pytest.raises(ValueError, match=r"pairs of runs|differ in number"):
+            hierarchical_difference(after, before, seed=0, draws=10)
