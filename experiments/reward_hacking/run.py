@@ -1,7 +1,7 @@
 """Trains one policy under three rewards in a world where leaving the cache pays, and evaluates each with live tools.
 
 Command:  python experiments/reward_hacking/run.py --out runs/reward_hacking
-Cost:     see README.md; goes on where it was stopped; --smoke is two steps of a tiny model, for the tests
+Cost:     about 6 CPU-minutes a seed; goes on where it was stopped; --smoke is two steps of a tiny model, for the tests
 Writes:   result.json, figure.png and table.md beside this file, or in the folder named by --result
 """
 
@@ -95,6 +95,7 @@ class Seed:
         config = configuration(seed, smoke)
         model = dataclasses.replace(config.model, vocab_size=self.tok.vocab_size)
         self.config = dataclasses.replace(config, model=model)
+        _refuse_other(self.out / "settings.json", {"config": self.config.to_json(), "size": dataclasses.asdict(size)})
         rows, too_long = sft.transcript_rows(
             self.tok, transcripts, world.SPECS, context=config.rollout.context, max_tool_tokens=config.rollout.max_tool_tokens
         )
@@ -142,6 +143,14 @@ class Seed:
         result = {"steps": steps, "warned": warned, "live_calls": live_calls, "live": self.live(model)}
         write_json(done, result)
         return result
+
+
+def _refuse_other(path: Path, settings: dict[str, Any]) -> None:
+    """Writes what a seed's runs depend on, or ends where its folder was begun with something else."""
+    settings = json.loads(json.dumps(settings))  # as it reads back: lists for tuples
+    if path.is_file() and json.loads(path.read_text()) != settings:
+        raise SystemExit(f"{path.parent} was made with other settings; choose another --out, or delete it")
+    write_json(path, settings)
 
 
 def _tokenizer(transcripts: list[Any]) -> Tokenizer:
