@@ -18,8 +18,9 @@ from cacherl_jax.evaluate.intervals import Interval, hierarchical
 from cacherl_jax.run_directory import write_json
 
 HERE = Path(__file__).parent
-ARMS = ("sft", "live", "ours 100", "paper 100", "exact 100", "ours 60", "paper 60", "exact 60")
-COLOURS = {"sft": "#888888", "live": "#222222", "ours": "#1b7837", "paper": "#b2182b", "exact": "#2166ac"}
+ARMS = ("sft", "expert_sft", "live", "ours 100", "paper 100", "exact 100", "ours 60", "paper 60", "exact 60")
+COLOURS = {"sft": "#888888", "expert_sft": "#888888", "live": "#222222", "ours": "#1b7837", "paper": "#b2182b", "exact": "#2166ac"}
+WITHOUT_RL = ("sft", "expert_sft")
 DRAWS = 10_000
 
 
@@ -71,7 +72,7 @@ def main() -> None:
             "by_seed": [float(v.mean()) for v in values(results[arm], "process")],
             "families": {f: hierarchical(values(results[arm], "process", f), draws=DRAWS).to_json() for f in families},
         }
-        if arm != "sft":
+        if arm not in WITHOUT_RL:
             row["over_sft"] = difference(results[arm], results["sft"]).to_json()
             row["over_live"] = difference(results[arm], results["live"]).to_json()
             row["families_over_sft"] = {f: difference(results[arm], results["sft"], "process", f).to_json() for f in families}
@@ -116,13 +117,13 @@ def draw(summary: dict[str, Any]) -> None:
         i = row["process"]
         left.errorbar(x, i["mean"], [[i["mean"] - i["low"]], [i["high"] - i["mean"]]], fmt="o", color=colour, capsize=4)
         left.scatter([x + 0.18] * len(row["by_seed"]), row["by_seed"], s=9, color=colour, alpha=0.5)
-        if arm not in ("sft", "live"):
+        if arm not in (*WITHOUT_RL, "live"):
             i = row["over_live"]
             right.errorbar(x, i["mean"], [[i["mean"] - i["low"]], [i["high"] - i["mean"]]], fmt="o", color=colour, capsize=4)
     names = list(summary["arms"])
     left.set_xticks(range(len(names)), names, rotation=30, ha="right")
     left.set_ylabel("process accuracy with live tools")
-    right.set_xticks(range(2, len(names)), names[2:], rotation=30, ha="right")
+    right.set_xticks(range(3, len(names)), names[3:], rotation=30, ha="right")
     right.axhline(0, color=COLOURS["live"], lw=0.8)
     right.set_ylabel("difference to training with live tools")
     figure.suptitle(f"{summary['test_tasks']} unseen tasks, {len(summary['seeds'])} seeds, 95 % intervals over seeds and tasks")

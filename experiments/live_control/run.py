@@ -55,7 +55,9 @@ from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Message, Task, Tier, ToolCall, ToolProvider, ToolSpec, Transcript
 
 HARD = ("no_call", "chain3", "chain4", "write_then_read", "error_recovery", "choose")
+AGENTS = ("expert", "stopper", "stopper", "stopper", "wanderer")  # as in the demo
 SAMPLES = 4  # episodes of the initial policy that are recorded of each task
+KEPT = ("accuracy", "reward", "answer", "process", "tiers", "stops", "kl", "entropy", "warnings", "sampled_tokens")
 EVALUATED = 0  # the sample of an evaluation's draws; greedy anyway
 
 
@@ -85,20 +87,20 @@ ARMS = {
 
 
 def world(seed: int) -> Config:
-    """The hard world: no chains of two, no lookups; SFT on the expert alone leaves a third or more of it undone."""
+    """The hard world: chains of three and four, writes read back, errors, choices; most demonstrators stop early."""
     return Config(
         name="live_control",
         seed=seed,
-        data=DataConfig(train_tasks=2000, validation_tasks=50, test_tasks=1000, demonstrators=("expert",), families=HARD),
+        data=DataConfig(train_tasks=2000, validation_tasks=50, test_tasks=1000, demonstrators=AGENTS, families=HARD),
         tokenizer=TokenizerConfig(vocab_size=1100),
-        sft=SftConfig(steps=700, optimizer=OptimizerConfig(learning_rate=4.5e-3, adam_learning_rate=3e-3)),
+        sft=SftConfig(steps=900, optimizer=OptimizerConfig(learning_rate=4.5e-3, adam_learning_rate=3e-3)),
         grpo=GrpoConfig(
-            steps=30,
+            steps=24,
             prompts=16,
             group=8,
-            kl_coef=0.05,
-            checkpoint_every=10,
-            validate_every=30,
+            kl_coef=0.1,
+            checkpoint_every=8,
+            validate_every=24,
             optimizer=OptimizerConfig(name="adamw", learning_rate=5e-4, warmup_steps=2, schedule="linear"),
         ),
     )
@@ -209,7 +211,8 @@ class Seed:
         )  # fmt: skip
         facts["live_calls_of_rl"] = registry.live_call_count() - before
         facts["rollouts"] = config.grpo.steps * config.grpo.prompts * config.grpo.group
-        facts["steps"] = [row for row in metrics.read_metrics(folder / "grpo" / "metrics.jsonl") if "tiers" in row]
+        rows = [row for row in metrics.read_metrics(folder / "grpo" / "metrics.jsonl") if "tiers" in row]
+        facts["steps"] = [{name: row[name] for name in KEPT} for row in rows]
         facts |= self.evaluated(policy, folder)
         facts["cpu_seconds"] = round(time.process_time() - start, 1)
         write_json(folder / "result.json", facts)
@@ -226,14 +229,16 @@ class Seed:
             "calls": sum(len(t.calls) for t in played) / len(played),
         }
 
-    def sft_result(self) -> None:
-        """The initial policy's own result, with the cost of recording it."""
-        folder = self.out / "sft"
-        if not (folder / "result.json").is_file():
-            transcripts, calls = self.recorded()
-            facts = self.evaluated(self.initial(), folder)
-            facts |= {"recorded_episodes": len(transcripts), "live_calls_of_recording": calls}
-            write_json(folder / "result.json", facts)
+    def without_rl(self) -> None:
+        """The initial policy, with the cost of recording it; and the one cloned from the expert's transcripts alone."""
+        for name in ("sft", "expert_sft"):
+            folder = self.out / name
+            if not (folder / "result.json").is_file():
+                facts = self.evaluated(inputs.load_policy(self.run, name, self.config), folder)
+                if name == "sft":
+                    transcripts, calls = self.recorded()
+                    facts |= {"recorded_episodes": len(transcripts), "live_calls_of_recording": calls}
+                write_json(folder / "result.json", facts)
 
 
 def as_transcript(trajectory: Trajectory) -> Transcript:
@@ -290,7 +295,7 @@ def main() -> None:
     for number in args.seeds:
         config = smoke(world(number)) if args.smoke else world(number)
         seed = Seed(args.out / f"seed{number}", config)
-        seed.sft_result()
+        seed.without_rl()
         for name in args.arms:
             seed.arm(name, ARMS[name])
             facts = json.loads((seed.out / name / "result.json").read_text())

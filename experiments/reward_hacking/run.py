@@ -129,7 +129,9 @@ class Seed:
         if done.is_file():
             return json.loads(done.read_text())
         reward = dataclasses.replace(self.config.reward, tier=arm)
-        config, held_out = dataclasses.replace(self.config, reward=reward), self.cache("validation")
+        # The paper divides by the group's standard deviation.
+        how = dataclasses.replace(self.config.grpo, divide_by_std=arm == "paper")
+        config, held_out = dataclasses.replace(self.config, reward=reward, grpo=how), self.cache("validation")
 
         def validate(engine: Engine, model: qwen3.Qwen3) -> float:
             played = self.play(model, "validation", held_out)
