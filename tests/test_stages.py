@@ -17,6 +17,7 @@ import pytest
 
 from cacherl_jax import checkpoint, cli
 from cacherl_jax.cache.store import Recording, SQLiteStore
+from cacherl_jax.reward import monitor
 from cacherl_jax.rollout import stream
 from cacherl_jax.train import groups, grpo
 from cacherl_jax.types import Task, ToolResult
@@ -52,6 +53,14 @@ def losses(out: Path, *stages):
     """All metrics but the times."""
     lines = [line for stage in stages or ("sft", "grpo") for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "rate")} for line in lines]
+
+
+def test_every_step_says_what_rewards_are_made_of_and_whether_the_cache_is_exploited(finished):
+    rows = [row for row in losses(finished) if row["stage"] == "grpo" and "loss" in row]
+    for row in rows:
+        assert row["components"].keys() - {"success"} == row["correlations"].keys() and row["warnings"] == []
+        assert sum(part["share"] for part in row["by_tier"].values()) == pytest.approx(1.0)
+    assert len(monitor.from_rows(rows).first) == SMALL["grpo.steps"]
 
 
 def test_sampler_and_trainer_agree_at_every_step(finished):
@@ -191,7 +200,7 @@ def after_call(number, owner, name, act):
 KILLED = 'after_call(2, checkpoint.ocp.CheckpointManager, "save", lambda: os.kill(os.getpid(), signal.SIGKILL))'
 # In grpo's second step, before its update; then once more while the interpreter takes itself down.
 INTERRUPTED = """
-after_call(2, grpo, "write_rollouts", lambda: signal.raise_signal(signal.SIGINT))
+after_call(2, grpo.scoring, "write_rollouts", lambda: signal.raise_signal(signal.SIGINT))
 atexit.register(signal.raise_signal, signal.SIGINT)
 """
 
@@ -286,7 +295,7 @@ def test_groups_that_teach_nothing_are_replaced_also_in_a_run_that_was_killed(fi
     tasks = [Task.from_json(json.loads(line)) for line in (finished / "record" / "tasks.train.jsonl").read_text().splitlines()]
     order = [task.id for task in groups.tasks_at(tasks, 0, 10, 0)]
     teaching = {order[position] for position in (0, 2, 7, 9)}
-    score, keep, kept = grpo.score_groups, stream.TrajectoryStream.__call__, []
+    score, keep, kept = grpo.scoring.score_groups, stream.TrajectoryStream.__call__, []
 
     def planted(tasks, trajectories, *rest):
         advantage_N = [(i - 1.0) * (task.id in teaching) for task in tasks for i in range(SMALL["grpo.group"])]
@@ -307,7 +316,7 @@ def test_groups_that_teach_nothing_are_replaced_also_in_a_run_that_was_killed(fi
 
     (tmp_path / "straight").mkdir()
     (tmp_path / "killed").mkdir()
-    monkeypatch.setattr(grpo, "score_groups", planted)
+    monkeypatch.setattr(grpo.scoring, "score_groups", planted)
     straight = run("straight")
     made = [row for row in straight[0] if "groups" in row]
     assert [tuple(row["groups"].values()) for row in made] == [(3, 1, 2), (4, 4, 2), (3, 1, 2)]  # played, dropped, rounds

@@ -16,6 +16,7 @@ from cacherl_jax.stages.inputs import (
     load_tokenizer,
     load_trajectories,
 )
+from cacherl_jax.train import scoring
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task, ToolSpec
 
@@ -50,6 +51,9 @@ def summarise(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str,
     summary["grpo"]["live_calls"] = rl["live_calls"]
     last = [row for row in rows if "tiers" in row]
     summary["tiers"] = _tier_shares(run, len(last))
+    played = [run.out / "grpo" / "rollouts" / f"{step:05d}.jsonl" for step in range(len(last))]
+    summary["reward_correlations"] = scoring.correlations_of(played)
+    summary["warnings"] = {text.partition(":")[0]: text for row in reversed(last) for text in row["warnings"]}
     folder = run.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     report.draw_training(rows, summary, folder / "training.png")
