@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 
 from cacherl_jax import cli
+from cacherl_jax.config import Config, IterateConfig, RejectionConfig
 from cacherl_jax.evaluate.rounds import curve
+from cacherl_jax.reward.judge import Verdicts
 from cacherl_jax.rollout import stream
 from cacherl_jax.rollout.agent_loop import CallTools, Episode
 from cacherl_jax.run_directory import RunDirectory
 from cacherl_jax.stages import inputs, iterate, sft
 from cacherl_jax.text import chat
+from cacherl_jax.trajectories import rejection
 from cacherl_jax.trajectories.transcripts import read_transcripts
+from cacherl_jax.trajectory import StopReason, Trajectory
+from cacherl_jax.types import Kind, Observation, Task, Tier, ToolCall, ToolResult
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 IGNORANT = "\n</think>\n\nI do not know.<|im_end|>"
@@ -138,3 +143,30 @@ def test_ablations_run_and_compare_each_row_with_its_full_system(tmp_path):
     assert variants == {"full", "tier", "exact", "reasoning", "rounds", "kl", "data", "thinking"}
     changed = {v for v in variants if experiment["config_of"](v, 0, False) != experiment["world"]()}
     assert changed == {"tier", "exact", "kl", "data"}  # two rounds are the default of `iterate`
+
+
+def test_a_judge_alone_decides_and_is_asked_about_what_nothing_else_speaks_against(monkeypatch, tmp_path):
+    def episode(sample, stop=StopReason.ANSWER, observations=()):
+        nothing = np.zeros(0, np.float32)
+        return Trajectory("t", sample, nothing, nothing, nothing, nothing, (), observations, f"answer {sample}", stop, 1)
+
+    doubtful = Observation(ToolCall.of("f"), ToolResult("{}"), Tier.BEST_EFFORT, Kind.RECORDED, fidelity=0.1)
+    task = Task("t", "f", "train", (), (), ((ToolCall.of("f"),),))  # by its reference none of these would be right
+    pairs = [
+        (task, t)
+        for t in (episode(0), episode(1), episode(2), episode(3, StopReason.TURN_CAP), episode(4, observations=(doubtful,)))
+    ]
+    asked = []
+
+    class Judge:
+        def grade(self, episodes):
+            asked.extend(t.sample for _, t in episodes)
+            return Verdicts([0.8, 0.4, None], 3, {"timeout": 1})
+
+    config = Config(iterate=IterateConfig(rejection=RejectionConfig(least_answer=0.8, keep=4)))
+    monkeypatch.setattr(iterate, "open_judge", lambda reward, verdicts: Judge())
+    calls, score, judged = iterate._scores(pairs, {}, config, tmp_path / "verdicts.sqlite")
+    accepted, counts = rejection.select(pairs, calls=calls, answer=score, rules=config.iterate.rejection)
+    assert asked == [0, 1, 2] and [t.sample for t in accepted] == [0]
+    assert (counts["wrong_answer"], counts["no_answer"], counts["unfaithful"]) == (2, 1, 1)
+    assert judged == {"asked": 3, "failures": {"timeout": 1}}
