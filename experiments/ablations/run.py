@@ -36,7 +36,7 @@ PAPER_FULL = 0.779  # validation reward, which is another metric than ours: rela
 
 def world() -> Config:
     """What is ablated. The one place to change for another world or size."""
-    return load_config(HERE.parents[1] / "configs" / "demo.py")
+    return load_config(HERE.parents[1] / "configs" / "hard_world.py")
 
 
 Thoughts = Literal["all", "wrapped", "none"]

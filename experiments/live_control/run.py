@@ -30,16 +30,7 @@ from cacherl_jax.cache.imports import describe
 from cacherl_jax.cache.lookup import CachedTools, recordings
 from cacherl_jax.cache.snapshot import snapshot_id
 from cacherl_jax.cache.store import SQLiteStore
-from cacherl_jax.config import (
-    PAPER_CACHE,
-    CacheConfig,
-    Config,
-    DataConfig,
-    GrpoConfig,
-    OptimizerConfig,
-    SftConfig,
-    TokenizerConfig,
-)
+from cacherl_jax.config import PAPER_CACHE, CacheConfig, Config, TokenizerConfig, load_config
 from cacherl_jax.corpus import live_tools
 from cacherl_jax.evaluate.process_accuracy import process_accuracy
 from cacherl_jax.model import qwen3
@@ -54,8 +45,7 @@ from cacherl_jax.trajectories.transcripts import read_transcripts
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Message, Task, Tier, ToolCall, ToolProvider, ToolSpec, Transcript
 
-HARD = ("no_call", "chain3", "chain4", "write_then_read", "error_recovery", "choose")
-AGENTS = ("expert", "stopper", "stopper", "stopper", "wanderer")  # as in the demo
+ROOT = Path(__file__).parents[2]
 SAMPLES = 4  # episodes of the initial policy that are recorded of each task
 KEPT = ("accuracy", "reward", "answer", "process", "tiers", "stops", "kl", "entropy", "warnings", "sampled_tokens")
 EVALUATED = 0  # the sample of an evaluation's draws; greedy anyway
@@ -87,23 +77,7 @@ ARMS = {
 
 
 def world(seed: int) -> Config:
-    """The hard world: chains of three and four, writes read back, errors, choices; most demonstrators stop early."""
-    return Config(
-        name="live_control",
-        seed=seed,
-        data=DataConfig(train_tasks=2000, validation_tasks=50, test_tasks=1000, demonstrators=AGENTS, families=HARD),
-        tokenizer=TokenizerConfig(vocab_size=1100),
-        sft=SftConfig(steps=900, optimizer=OptimizerConfig(learning_rate=4.5e-3, adam_learning_rate=3e-3)),
-        grpo=GrpoConfig(
-            steps=24,
-            prompts=16,
-            group=8,
-            kl_coef=0.1,
-            checkpoint_every=8,
-            validate_every=24,
-            optimizer=OptimizerConfig(name="adamw", learning_rate=5e-4, warmup_steps=2, schedule="linear"),
-        ),
-    )
+    return replace(load_config(ROOT / "configs" / "hard_world.py"), seed=seed)
 
 
 def smoke(config: Config) -> Config:

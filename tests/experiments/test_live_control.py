@@ -38,7 +38,15 @@ def test_arms_share_tasks_and_weights_and_only_the_live_one_calls_tools(tmp_path
 def test_a_store_holds_the_stated_share_of_calls_whatever_its_key():
     module = runpy.run_path(str(FOLDER / "run.py"))
     specs, seed = tool_specs(), 1
-    transcripts = list(record(make_tasks("train", 120, seed, module["HARD"]), ["wanderer"], LiveTools("train", seed), specs, seed))
+    transcripts = list(
+        record(
+            make_tasks("train", 120, seed, ("chain3", "write_then_read", "choose")),
+            ["wanderer"],
+            LiveTools("train", seed),
+            specs,
+            seed,
+        )
+    )
     by_policy, others = transcripts[:70], transcripts[70:]
     asked, every = (module["calls_by_key"](t, specs) for t in (by_policy, transcripts))
     kept = module["kept_keys"](by_policy, others, specs, 0.6, seed)
