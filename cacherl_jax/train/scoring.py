@@ -87,6 +87,28 @@ def score_groups(
     return Scored(trajectories, answer_N, process_N, weight_N, advantage_N, components, judged)
 
 
+def joined(parts: Sequence[Scored]) -> Scored:
+    """Several as one: the rounds of a step."""
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    judged: dict[str, Any] = {}
+    for part in parts:
+        if part.judged:
+            failures = Counter(judged.get("failures", {})) + Counter(part.judged["failures"])
+            judged = {"asked": judged.get("asked", 0) + part.judged["asked"], "failures": dict(sorted(failures.items()))}
+    return Scored(
+        [t for part in parts for t in part.trajectories],
+        column("answer_N"),
+        column("process_N"),
+        column("weight_N"),
+        column("advantage_N"),
+        {name: np.concatenate([part.components[name] for part in parts]) for name in parts[0].components},
+        judged,
+    )
+
+
 def _training_reward(config: Config, answer_N: np.ndarray, process_N: np.ndarray, weight_N: np.ndarray) -> np.ndarray:
     """[N] what training maximises as one number in [0, 1]: the paper's mixture, or the calibrated advantage's two terms before
     they are centred, over their greatest sum."""
