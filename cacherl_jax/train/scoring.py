@@ -18,7 +18,7 @@ from cacherl_jax.reward.judge import Judge
 from cacherl_jax.reward.success import correlation, succeeded
 from cacherl_jax.train import advantages, stops
 from cacherl_jax.trajectory import Trajectory
-from cacherl_jax.types import Task, ToolSpec
+from cacherl_jax.types import Task, Tier, ToolSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +174,12 @@ def correlations_of(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     rows = [json.loads(line)["rewards"]["components"] for path in paths for line in path.read_text().splitlines()]
     columns = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
     return {name: correlation(x_N, columns["success"]) for name, x_N in columns.items() if name != "success"}
+
+
+def live_calls_of(paths: Iterable[Path]) -> int:
+    """How many calls live tools answered in the rollouts of files that `write_rollouts` wrote."""
+    rows = (json.loads(line) for path in paths for line in path.read_text().splitlines())
+    return sum(observation["tier"] == Tier.LIVE for row in rows for observation in row["observations"])
 
 
 def write_rollouts(path: Path, scored: Scored) -> None:

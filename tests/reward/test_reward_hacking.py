@@ -1,5 +1,6 @@
 """The experiment's world is what its README says, and its program runs from end to end."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -12,7 +13,7 @@ from cacherl_jax.cache.lookup import CachedTools, record_transcript
 from cacherl_jax.cache.store import MemoryStore
 from cacherl_jax.config import PAPER_CACHE, Config, GrpoConfig, RewardConfig
 from cacherl_jax.reward import monitor
-from cacherl_jax.train.scoring import correlations_of, rollout_metrics, score_groups, watch, write_rollouts
+from cacherl_jax.train.scoring import correlations_of, live_calls_of, rollout_metrics, score_groups, watch, write_rollouts
 from cacherl_jax.trajectory import StopReason, Trajectory
 from cacherl_jax.types import Tier
 
@@ -97,6 +98,11 @@ def test_every_component_is_logged_with_its_correlation(world, played, tmp_path)
     twice = correlations_of([tmp_path / "rollouts.jsonl"] * 2)
     assert twice.keys() == metrics["correlations"].keys() and twice["process"] == {"r": None, "n": 2 * len(played[1])}
     lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert live_calls_of([tmp_path / "rollouts.jsonl"]) == 0
+    live = world.Warehouse(0).execute(played[0][0].references[0][0], 0)
+    with_live = dataclasses.replace(made.trajectories[0], observations=(live, live))
+    write_rollouts(tmp_path / "live.jsonl", dataclasses.replace(made, trajectories=[with_live, *made.trajectories[1:]]))
+    assert live_calls_of([tmp_path / "live.jsonl"] * 2) == 4
     for name, values_N in made.components.items():
         np.testing.assert_array_equal([line["rewards"]["components"][name] for line in lines], values_N)
 
