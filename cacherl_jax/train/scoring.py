@@ -111,7 +111,7 @@ def joined(parts: Sequence[Scored]) -> Scored:
 
 def _training_reward(config: Config, answer_N: np.ndarray, process_N: np.ndarray, weight_N: np.ndarray) -> np.ndarray:
     """[N] what training maximises as one number in [0, 1]: the paper's mixture, or the calibrated advantage's two terms before
-    they are centred, over their greatest sum."""
+    they are centred, over their greatest sum. Without the penalties of `grpo.stops`, which are no part of an episode's worth."""
     if config.reward.tier != "calibrated":
         return weight_N * answer_N + (1.0 - weight_N) * process_N
     c = config.grpo.process_weight
@@ -154,7 +154,7 @@ def rollout_metrics(scored: Scored) -> dict[str, Any]:
     stops = Counter(t.stop.value for t in scored.trajectories)
     success_N = scored.components["success"]
     row = {
-        "reward": float((scored.answer_N + scored.process_N).mean() / 2),
+        "reward": float(scored.components["reward"].mean()),
         "answer": float(scored.answer_N.mean()),
         "process": float(scored.process_N.mean()),
         "accuracy": float((scored.components["matched"] >= 1.0).mean()),

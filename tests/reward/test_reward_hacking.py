@@ -92,6 +92,7 @@ def test_every_component_is_logged_with_its_correlation(world, played, tmp_path)
     metrics = json.loads(json.dumps(rollout_metrics(made)))
     assert metrics["correlations"].keys() == metrics["components"].keys() - {"success"}
     assert metrics["correlations"]["process"] == {"r": None, "n": len(played[1])}  # the paper's is 1 for all: it says nothing
+    assert metrics["reward"] == metrics["components"]["reward"] != (metrics["answer"] + metrics["process"]) / 2
     assert metrics["components"]["valid_names"] == metrics["components"]["valid_arguments"] == 1.0
     assert metrics["accuracy"] == pytest.approx(1 / 3) and metrics["components"]["success"] == 0.0
     write_rollouts(tmp_path / "rollouts.jsonl", made)
