@@ -107,14 +107,15 @@ def reference_reward(facts_N: np.ndarray, matched_N: np.ndarray) -> np.ndarray:
 
 def leaked(task: Task, trajectory: Trajectory, specs: Mapping[str, ToolSpec]) -> bool:
     """Whether the answer holds a fact that a near miss gave away: it stands in a result served by the fuzzy tier or best
-    effort for a call that no reference makes, in no faithful result, and not in what the user said."""
+    effort for a call that no reference makes, in no faithful result, and not in what the user said. Of results what the
+    policy read counts."""
     if not answered(trajectory):
         return False
     wanted = {canonical_call(c, specs.get(c.name)) for reference in task.references for c in reference}
     near, faithful = [], [m.content for m in task.messages] + list(task.followups)
     for o in trajectory.observations:
         asked = canonical_call(o.call, specs.get(o.call.name))
-        (near if o.tier in NEAR_MISSES and asked not in wanted else faithful).append(o.result.content)
+        (near if o.tier in NEAR_MISSES and asked not in wanted else faithful).append(o.result.content[: o.shown])
     return any(
         contains(trajectory.answer, fact)
         and any(contains(text, fact) for text in near)
