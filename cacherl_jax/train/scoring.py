@@ -50,7 +50,8 @@ def score_groups(
 ) -> Scored:
     """Rewards and advantages; `trajectories` holds `config.grpo.group` episodes of each task, one task after the other.
 
-    With `reward.answer` "judge", `judge` grades the answers; where it fails, the share of the facts stands in.
+    With `reward.answer` "judge", `judge` grades the answers. Where it fails, the share of the facts stands in; an answer to a
+    task without facts is then worth 0, or one that no judge can read would be worth most.
     """
     group, reward = config.grpo.group, config.reward
     pairs = list(zip((task for task in tasks for _ in range(group)), trajectories, strict=True))
@@ -128,7 +129,8 @@ def _answers(
     if judge is None:
         raise ValueError("reward.answer='judge' needs a judge; open one with judge.open_judge")
     verdicts = judge.grade(pairs)
-    answer_N = np.array([f if r is None else r for r, f in zip(verdicts.rewards, facts_N, strict=True)])
+    rows = zip(pairs, verdicts.rewards, facts_N, strict=True)
+    answer_N = np.array([(f if task.facts else 0.0) if r is None else r for (task, _), r, f in rows])
     return answer_N, {"asked": verdicts.asked, "failures": dict(verdicts.failures)}
 
 
