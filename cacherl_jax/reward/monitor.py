@@ -27,7 +27,7 @@ from cacherl_jax.types import TIER_ORDER, Task, Tier, ToolSpec
 # Steps that make the beginning, and those that make the present. Five steps of 16 groups tell a change of 0.05 in a share
 # from noise, and a drift is seen long before it has run its course (the demo's tiers move over 20 steps).
 STEPS = 5
-# Standard errors before a sign is a warning. One test in 16,000 passes 4 by chance if groups are normal; a run makes some
+# Standard errors before a sign is a warning. One test in 30,000 passes 4 by chance if groups are normal; a run makes some
 # hundreds, most on windows that overlap. In 300 simulated honest runs of 60 steps with 8 groups (tests/reward/test_monitor.py)
 # miss_pays came up in 4 and low_weight_pays in 3, the others in none.
 ERRORS = 4.0
@@ -74,8 +74,8 @@ class Moments:
 
 
 # What is kept of a step, by name: "tier/exact" (share of rollouts with this worst tier), "reward/exact" and "advantage/exact"
-# (their means, of groups that have any), "reward", "reference", "leaked" (group means), "left" (mean advantage of the
-# rollouts that left the cache minus the others', of groups with both), "covariance" (of weight and advantage).
+# (their means, of groups that have any), "reward", "reference", "leaked" (group means), "gone" (share of rollouts that left the
+# cache), "left" (their mean advantage minus the others', of groups with both), "covariance" (of weight and advantage).
 Step = Mapping[str, Moments]
 
 
