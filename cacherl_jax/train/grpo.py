@@ -182,7 +182,6 @@ def train(
                     scored = played.scored
                     if processes.is_first():
                         scoring.write_rollouts(directory / "rollouts" / f"{done:05d}.jsonl", scored)
-                    _streamed(directory, done).unlink()
                     clock.lap("rollout")
                     trained, rows = _rows(played)
                     rows = [replace(row, ref_logprobs_T=x) for row, x in zip(rows, score(reference, rows), strict=True)]
@@ -190,6 +189,7 @@ def train(
                         rows = [replace(row, old_logprobs_T=x) for row, x in zip(rows, score(model_of(state), rows), strict=True)]
                     processes.check()  # from here to the next, the model, the number of steps and the metrics change
                     state, values, trainer = learn(state, rows)
+                    _streamed(directory, done).unlink()
                     done, position = done + 1, position + played.tasks
                     gap = agreement.gaps([t.logprobs_T for t in trained], trainer, [row.mask_T for row in rows])
                     clock.lap("train")
@@ -221,7 +221,7 @@ def train(
 
 
 def _streamed(directory: Path, step: int) -> Path:
-    """Where this process's episodes of a step go as they end; gone when all have."""
+    """Where this process's episodes of a step go as they end; gone when the step has been learnt from."""
     part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
     return directory / "rollouts" / f"{step:05d}.streamed{part}.jsonl"
 
