@@ -1,10 +1,11 @@
 """Configuration is strict in names and types, and survives a trip through JSON."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from cacherl_jax.config import Config, ConfigError, load_config, with_overrides
+from cacherl_jax.config import PAPER_CACHE, Config, ConfigError, load_config, with_overrides
 
 
 def test_json_round_trip_keeps_every_field():
@@ -44,6 +45,15 @@ def test_json_round_trip_keeps_every_field():
 def test_wrong_overrides_name_the_field_the_value_and_what_is_allowed(override, message):
     with pytest.raises(ConfigError, match=message):
         with_overrides(Config(), [override])
+
+
+def test_the_papers_setting_trains_by_the_papers_reward():
+    """paper.md, sections 2 to 4."""
+    config = load_config(Path(__file__).parents[1] / "configs" / "qwen3_4b_paper.py")
+    assert (config.cache, config.reward.tier, config.reward.process) == (PAPER_CACHE, "paper", "paper")
+    grpo = config.grpo
+    assert grpo.divide_by_std and (grpo.kl_coef, grpo.optimizer.learning_rate, grpo.lora.rank) == (0.15, 1e-6, 128)
+    assert (grpo.prompts, grpo.group, config.rollout.min_tokens, config.rollout.max_sampled_tokens) == (16, 16, (150,), 32 * 1024)
 
 
 def test_unknown_field_in_a_file_is_refused(tmp_path):

@@ -280,6 +280,7 @@ def test_ctrl_c_anywhere_in_training_loses_nothing(finished, tmp_path, capsys, m
     assert stopped(stream.TrajectoryStream, "__call__", presses=1, after=True) == [1]
     assert kept and begun.read_text().startswith(kept) and len(begun.read_text()) > len(kept)
     assert stopped(grpo.steps, "accumulate", presses=2) == [1]  # between the old state and the new there is none to save
+    assert len(begun.read_text().splitlines()) == SMALL["grpo.prompts"] * SMALL["grpo.group"]  # what was played is still there
     assert stopped(orbax.CheckpointManager, "restore", presses=2) == [1]
     assert stopped(grpo.steps, "accumulate", presses=1) == [2]
     assert stopped(**writes, presses=9) == [3]  # begun, so it is finished

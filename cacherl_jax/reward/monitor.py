@@ -27,7 +27,7 @@ from cacherl_jax.types import TIER_ORDER, Task, Tier, ToolSpec
 # Steps that make the beginning, and those that make the present. Five steps of 16 groups tell a change of 0.05 in a share
 # from noise, and a drift is seen long before it has run its course (the demo's tiers move over 20 steps).
 STEPS = 5
-# Standard errors before a sign is a warning. One test in 16,000 passes 4 by chance if groups are normal; a run makes some
+# Standard errors before a sign is a warning. One test in 30,000 passes 4 by chance if groups are normal; a run makes some
 # hundreds, most on windows that overlap. In 300 simulated honest runs of 60 steps with 8 groups (tests/reward/test_monitor.py)
 # miss_pays came up in 4 and low_weight_pays in 3, the others in none.
 ERRORS = 4.0
@@ -74,8 +74,8 @@ class Moments:
 
 
 # What is kept of a step, by name: "tier/exact" (share of rollouts with this worst tier), "reward/exact" and "advantage/exact"
-# (their means, of groups that have any), "reward", "reference", "leaked" (group means), "left" (mean advantage of the
-# rollouts that left the cache minus the others', of groups with both), "covariance" (of weight and advantage).
+# (their means, of groups that have any), "reward", "reference", "leaked" (group means), "gone" (share of rollouts that left the
+# cache), "left" (their mean advantage minus the others', of groups with both), "covariance" (of weight and advantage).
 Step = Mapping[str, Moments]
 
 
@@ -107,14 +107,15 @@ def reference_reward(facts_N: np.ndarray, matched_N: np.ndarray) -> np.ndarray:
 
 def leaked(task: Task, trajectory: Trajectory, specs: Mapping[str, ToolSpec]) -> bool:
     """Whether the answer holds a fact that a near miss gave away: it stands in a result served by the fuzzy tier or best
-    effort for a call that no reference makes, in no faithful result, and not in what the user said."""
+    effort for a call that no reference makes, in no faithful result, and not in what the user said. Of results what the
+    policy read counts."""
     if not answered(trajectory):
         return False
     wanted = {canonical_call(c, specs.get(c.name)) for reference in task.references for c in reference}
     near, faithful = [], [m.content for m in task.messages] + list(task.followups)
     for o in trajectory.observations:
         asked = canonical_call(o.call, specs.get(o.call.name))
-        (near if o.tier in NEAR_MISSES and asked not in wanted else faithful).append(o.result.content)
+        (near if o.tier in NEAR_MISSES and asked not in wanted else faithful).append(o.result.content[: o.shown])
     return any(
         contains(trajectory.answer, fact)
         and any(contains(text, fact) for text in near)

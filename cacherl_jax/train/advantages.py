@@ -87,12 +87,12 @@ def weighted_centred(reward_G: np.ndarray, weight_G: np.ndarray, baseline: Basel
     zero where all rewards are equal, whatever rounding does to the mean."""
     if np.all(reward_G == reward_G[0]) or not weight_G.any():
         return np.zeros_like(reward_G)
-    total, summed = weight_G.sum(), (weight_G * reward_G).sum()
     if baseline == "mean":
-        return reward_G - summed / total
-    others_G = total - weight_G
-    means_G = np.divide(summed - weight_G * reward_G, others_G, out=reward_G.astype(float), where=others_G > 0)
-    return reward_G - means_G
+        return reward_G - (weight_G * reward_G).sum() / weight_G.sum()
+    # Summed, not subtracted from the whole: beside a weight of 1 the others may be products of many small fidelities.
+    others_GG = 1.0 - np.eye(len(weight_G))
+    summed_G, total_G = others_GG @ (weight_G * reward_G), others_GG @ weight_G
+    return reward_G - np.divide(summed_G, total_G, out=reward_G.astype(float), where=total_G > 0)
 
 
 def scale(advantage_N: np.ndarray, kl_coef: float) -> dict[str, float]:

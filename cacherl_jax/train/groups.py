@@ -17,7 +17,7 @@ import numpy as np
 from cacherl_jax import processes
 from cacherl_jax.config import GrpoConfig
 from cacherl_jax.train import stops
-from cacherl_jax.train.scoring import Scored
+from cacherl_jax.train.scoring import Scored, joined
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task
 
@@ -74,23 +74,24 @@ def play_groups(
     """Plays tasks from `position` on until `grpo.prompts` groups are useful, in at most `grpo.extra_rounds` rounds after the
     first, each of as many tasks as are missing. Without extra rounds every group is kept.
 
-    Every round's episodes are named as if all had been asked for at once, so that rounds change no draw. Of several processes
-    all find the same groups useful.
+    Every round's episodes are named as if all had been asked for at once, so that rounds change no draw. A group is scored
+    once: a judge is paid, and asked again it might find a dropped group useful. Of several processes all find the same groups
+    useful.
     """
     chosen: list[Task] = []
     trajectories: list[Trajectory] = []
-    missing, rounds = grpo.prompts, 0
+    scored: list[Scored] = []
+    useful: list[int] = []  # of each group, 1 where it goes into the update
     while True:
-        chosen += tasks_at(tasks, position + len(chosen), missing, seed)
-        trajectories += play(episodes_of(chosen, grpo.group)[len(trajectories) :])
-        rounds += 1
-        scored = score(chosen, trajectories)
-        carries_N = stops.carries_loss(trajectories, grpo.stops)
-        useful_P = np.ones(len(chosen), bool)
-        if grpo.extra_rounds:
-            teaches_N = carries_N & (np.asarray(scored.advantage_N) != 0)
-            useful_P = np.array(processes.agree(teaches_N.reshape(-1, grpo.group).any(axis=1).tolist()), bool)
-        missing = grpo.prompts - int(useful_P.sum())
-        if not missing or rounds > grpo.extra_rounds:
-            kept = int(useful_P.sum())
-            return Played(scored, carries_N & np.repeat(useful_P, grpo.group), kept, len(chosen) - kept, rounds)
+        more = tasks_at(tasks, position + len(chosen), grpo.prompts - sum(useful), seed)
+        chosen += more
+        played = play(episodes_of(chosen, grpo.group)[len(trajectories) :])
+        trajectories += played
+        scored.append(score(more, played))
+        teaches_N = stops.carries_loss(played, grpo.stops) & (np.asarray(scored[-1].advantage_N) != 0)
+        teaches = teaches_N.reshape(-1, grpo.group).any(axis=1).tolist()
+        useful += processes.agree(teaches) if grpo.extra_rounds else [1] * len(more)
+        kept = sum(useful)
+        if kept == grpo.prompts or len(scored) > grpo.extra_rounds:
+            trained_N = stops.carries_loss(trajectories, grpo.stops) & np.repeat(np.array(useful, bool), grpo.group)
+            return Played(joined(scored), trained_N, kept, len(chosen) - kept, len(scored))

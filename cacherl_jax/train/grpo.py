@@ -57,7 +57,8 @@ def train(
     `validate` gives process accuracy on the validation tasks (from the cache); the checkpoint where it was highest is kept
     beside the newest. `judge` grades answers where `config.reward.answer` asks for one. Ctrl-C and SIGTERM save before they
     end the run. Of several processes each plays its share of the episodes; scores and updates are those of all. Returns the
-    model and the number of live tool calls made: 0, or the run ended in LiveToolError, unless `grpo.tools` is "live".
+    model and the number of live tool calls made: 0, or the run ended in LiveToolError, unless `grpo.tools` is "live"; then
+    those of all its rollouts, in whatever attempt and process they were played.
 
     With `config.grpo.lora` an adapter of `reference` is trained: the reference is the policy without it, of which there is
     no second copy. The engine plays with merged weights, and the merged model is what the stage leaves. `base` is the
@@ -181,7 +182,6 @@ def train(
                     scored = played.scored
                     if processes.is_first():
                         scoring.write_rollouts(directory / "rollouts" / f"{done:05d}.jsonl", scored)
-                    _streamed(directory, done).unlink()
                     clock.lap("rollout")
                     trained, rows = _rows(played)
                     rows = [replace(row, ref_logprobs_T=x) for row, x in zip(rows, score(reference, rows), strict=True)]
@@ -189,6 +189,7 @@ def train(
                         rows = [replace(row, old_logprobs_T=x) for row, x in zip(rows, score(model_of(state), rows), strict=True)]
                     processes.check()  # from here to the next, the model, the number of steps and the metrics change
                     state, values, trainer = learn(state, rows)
+                    _streamed(directory, done).unlink()
                     done, position = done + 1, position + played.tasks
                     gap = agreement.gaps([t.logprobs_T for t in trained], trainer, [row.mask_T for row in rows])
                     clock.lap("train")
@@ -208,16 +209,19 @@ def train(
         except interrupts.Interrupted:
             saved.save(done, state, validated.get(done), position)
             raise
+    live_calls = registry.live_call_count() - live_before
+    if grpo.tools == "live":
+        live_calls = scoring.live_calls_of(directory / "rollouts" / f"{step:05d}.jsonl" for step in range(done))
     model = model_of(state)
     if frozen is not None:
         lines = (directory / "rollouts" / f"{done - 1:05d}.jsonl").read_text().splitlines()[: adapter_folder.ROWS]
         rows_T = [Trajectory.from_json(json.loads(line)).tokens_T for line in lines]
         model = adapter_folder.finish(directory, base, model, done, rows_T)
-    return model, registry.live_call_count() - live_before
+    return model, live_calls
 
 
 def _streamed(directory: Path, step: int) -> Path:
-    """Where this process's episodes of a step go as they end; gone when all have."""
+    """Where this process's episodes of a step go as they end; gone when the step has been learnt from."""
     part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
     return directory / "rollouts" / f"{step:05d}.streamed{part}.jsonl"
 

@@ -18,7 +18,7 @@ from cacherl_jax.reward.judge import Judge
 from cacherl_jax.reward.success import correlation, succeeded
 from cacherl_jax.train import advantages, stops
 from cacherl_jax.trajectory import Trajectory
-from cacherl_jax.types import Task, ToolSpec
+from cacherl_jax.types import Task, Tier, ToolSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,8 @@ def score_groups(
 ) -> Scored:
     """Rewards and advantages; `trajectories` holds `config.grpo.group` episodes of each task, one task after the other.
 
-    With `reward.answer` "judge", `judge` grades the answers; where it fails, the share of the facts stands in.
+    With `reward.answer` "judge", `judge` grades the answers. Where it fails, the share of the facts stands in; an answer to a
+    task without facts is then worth 0, or one that no judge can read would be worth most.
     """
     group, reward = config.grpo.group, config.reward
     pairs = list(zip((task for task in tasks for _ in range(group)), trajectories, strict=True))
@@ -87,9 +88,31 @@ def score_groups(
     return Scored(trajectories, answer_N, process_N, weight_N, advantage_N, components, judged)
 
 
+def joined(parts: Sequence[Scored]) -> Scored:
+    """Several as one: the rounds of a step."""
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    judged: dict[str, Any] = {}
+    for part in parts:
+        if part.judged:
+            failures = Counter(judged.get("failures", {})) + Counter(part.judged["failures"])
+            judged = {"asked": judged.get("asked", 0) + part.judged["asked"], "failures": dict(sorted(failures.items()))}
+    return Scored(
+        [t for part in parts for t in part.trajectories],
+        column("answer_N"),
+        column("process_N"),
+        column("weight_N"),
+        column("advantage_N"),
+        {name: np.concatenate([part.components[name] for part in parts]) for name in parts[0].components},
+        judged,
+    )
+
+
 def _training_reward(config: Config, answer_N: np.ndarray, process_N: np.ndarray, weight_N: np.ndarray) -> np.ndarray:
     """[N] what training maximises as one number in [0, 1]: the paper's mixture, or the calibrated advantage's two terms before
-    they are centred, over their greatest sum."""
+    they are centred, over their greatest sum. Without the penalties of `grpo.stops`, which are no part of an episode's worth."""
     if config.reward.tier != "calibrated":
         return weight_N * answer_N + (1.0 - weight_N) * process_N
     c = config.grpo.process_weight
@@ -106,7 +129,8 @@ def _answers(
     if judge is None:
         raise ValueError("reward.answer='judge' needs a judge; open one with judge.open_judge")
     verdicts = judge.grade(pairs)
-    answer_N = np.array([f if r is None else r for r, f in zip(verdicts.rewards, facts_N, strict=True)])
+    rows = zip(pairs, verdicts.rewards, facts_N, strict=True)
+    answer_N = np.array([(f if task.facts else 0.0) if r is None else r for (task, _), r, f in rows])
     return answer_N, {"asked": verdicts.asked, "failures": dict(verdicts.failures)}
 
 
@@ -132,7 +156,7 @@ def rollout_metrics(scored: Scored) -> dict[str, Any]:
     stops = Counter(t.stop.value for t in scored.trajectories)
     success_N = scored.components["success"]
     row = {
-        "reward": float((scored.answer_N + scored.process_N).mean() / 2),
+        "reward": float(scored.components["reward"].mean()),
         "answer": float(scored.answer_N.mean()),
         "process": float(scored.process_N.mean()),
         "accuracy": float((scored.components["matched"] >= 1.0).mean()),
@@ -152,6 +176,12 @@ def correlations_of(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     rows = [json.loads(line)["rewards"]["components"] for path in paths for line in path.read_text().splitlines()]
     columns = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
     return {name: correlation(x_N, columns["success"]) for name, x_N in columns.items() if name != "success"}
+
+
+def live_calls_of(paths: Iterable[Path]) -> int:
+    """How many calls live tools answered in the rollouts of files that `write_rollouts` wrote."""
+    rows = (json.loads(line) for path in paths for line in path.read_text().splitlines())
+    return sum(observation["tier"] == Tier.LIVE for row in rows for observation in row["observations"])
 
 
 def write_rollouts(path: Path, scored: Scored) -> None:

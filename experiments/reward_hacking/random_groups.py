@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from cacherl_jax.reward.tier import BLIND, PAPER_WEIGHTS
@@ -25,16 +23,15 @@ def mean_advantages(groups: int, size: int = 8) -> dict[str, dict[str, dict[str,
     Process rewards lie above answers, as after SFT, and vary little. The groups of all ways are the same.
     """
     rng = np.random.default_rng(0)
-    found: dict[str, dict[str, list[float]]] = {way: {tier.value: [] for tier in TIERS} for way in WEIGHTS}
-    for _ in range(groups):
-        tiers_G = rng.integers(0, len(TIERS), size)
-        answer_G, process_G = rng.choice([0.0, 0.5, 1.0], size, p=[0.3, 0.2, 0.5]), rng.uniform(0.8, 1.0, size)
-        for way, weights in WEIGHTS.items():
-            advantage_G = _advantage(way, answer_G, process_G, np.array(weights)[tiers_G])
-            for i, tier in enumerate(TIERS):
-                if (tiers_G == i).any():
-                    found[way][tier.value].append(float(advantage_G[tiers_G == i].mean()))
-    return {way: {tier: _summary(values) for tier, values in by_tier.items()} for way, by_tier in found.items()}
+    tiers_PG = rng.integers(0, len(TIERS), (groups, size))
+    answer_PG = rng.choice([0.0, 0.5, 1.0], (groups, size), p=[0.3, 0.2, 0.5])
+    process_PG = rng.uniform(0.8, 1.0, (groups, size))
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for way, weights in WEIGHTS.items():
+        rows = zip(answer_PG, process_PG, np.array(weights)[tiers_PG], strict=True)
+        advantage_PG = np.stack([_advantage(way, *row) for row in rows])
+        found[way] = {tier.value: _summary(advantage_PG, tiers_PG == i) for i, tier in enumerate(TIERS)}
+    return found
 
 
 def _advantage(way: str, answer_G: np.ndarray, process_G: np.ndarray, weight_G: np.ndarray) -> np.ndarray:
@@ -43,5 +40,8 @@ def _advantage(way: str, answer_G: np.ndarray, process_G: np.ndarray, weight_G: 
     return advantages.scalar(weight_G * answer_G + (1.0 - weight_G) * process_G, divide_by_std=True)
 
 
-def _summary(values: list[float]) -> dict[str, Any]:
-    return {"mean": float(np.mean(values)), "error": float(np.std(values, ddof=1) / np.sqrt(len(values)))}
+def _summary(advantage_PG: np.ndarray, is_PG: np.ndarray) -> dict[str, float]:
+    """Over the groups that have any such rollout."""
+    count_P = is_PG.sum(axis=1)
+    mean_P = (advantage_PG * is_PG).sum(axis=1)[count_P > 0] / count_P[count_P > 0]
+    return {"mean": float(np.mean(mean_P)), "error": float(np.std(mean_P, ddof=1) / np.sqrt(len(mean_P)))}

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import figure
-import numpy as np
 import world
 from random_groups import mean_advantages
 
@@ -141,7 +140,7 @@ class Seed:
             config, self.reference, self.tok, self.tasks["train"], world.SPECS, self.cache("train"), folder,
             base=self.out / "sft", validate=validate, progress=self.progress,
         )  # fmt: skip
-        steps, warned = watched(folder, config)
+        steps, warned = watched(folder)
         result = {"steps": steps, "warned": warned, "live_calls": live_calls, "live": self.live(model)}
         write_json(done, result)
         return result
@@ -161,24 +160,16 @@ def _tokenizer(transcripts: list[Any]) -> Tokenizer:
     return train_tokenizer(texts, runs, 256 + 60 + len(set(runs)))
 
 
-def watched(folder: Path, config: Config) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """What the monitor says of the rollouts of every step, and of each of its warnings the first step and the text."""
-    seen, steps, warned = monitor.Seen(), [], {}
-    for number in range(config.grpo.steps):
-        lines = (folder / "rollouts" / f"{number:05d}.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        rewards = [row["rewards"] for row in rows]
-        column = {name: np.array([r["components"][name] for r in rewards]) for name in ("reward", "reference", "leaked")}
-        step = monitor.observe(
-            [Trajectory.from_json(row).worst_tier for row in rows], group=config.grpo.group, reward_N=column["reward"],
-            reference_N=column["reference"], leaked_N=column["leaked"], weight_N=np.array([r["weight"] for r in rewards]),
-            advantage_N=np.array([r["advantage"] for r in rewards]),
-        )  # fmt: skip
-        seen = monitor.advance(seen, step)
-        for text in monitor.warnings(seen):
-            warned.setdefault(text.partition(":")[0], {"step": number + 1, "text": text})
-        left = step["gone"]
-        steps.append({"left": left.mean, "reward": step["reward"].mean, "reference": step["reference"].mean})
+def watched(folder: Path) -> tuple[list[dict[str, float]], dict[str, dict[str, Any]]]:
+    """What the monitor said of every step's rollouts, and of each of its warnings the first step and the text."""
+    steps: list[dict[str, float]] = []
+    warned: dict[str, dict[str, Any]] = {}
+    for row in metrics.read_metrics(folder / "metrics.jsonl"):
+        if "monitor" in row:
+            shown = {"left": "gone", "reward": "reward", "reference": "reference"}
+            steps.append({name: monitor.Moments(*row["monitor"][of]).mean for name, of in shown.items()})
+            for text in row["warnings"]:
+                warned.setdefault(text.partition(":")[0], {"step": row["step"], "text": text})
     return steps, warned
 
 

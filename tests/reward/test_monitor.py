@@ -119,10 +119,12 @@ REFERENCE, OTHER = ToolCall.of("get", id="o1"), ToolCall.of("get", id="o2")
         ([(OTHER, Tier.FUZZY, "blue")], "red", "?", False),  # unused
         ([(OTHER, Tier.FUZZY, "blue")], "blue", "blue or red?", False),  # the user said it
         ([(OTHER, Tier.FUZZY, "blue"), (REFERENCE, Tier.EXACT, "blue")], "blue", "?", False),
+        ([(OTHER, Tier.FUZZY, "cut: blue")], "blue", "?", False),  # beyond what was read
+        ([(OTHER, Tier.FUZZY, "blue"), (REFERENCE, Tier.EXACT, "cut: blue")], "blue", "?", True),
     ],
 )
 def test_a_leak_is_a_fact_that_only_a_near_miss_gave(observed, said, asked, expected):
-    observations = tuple(Observation(call, ToolResult(text), tier, Kind.RECORDED) for call, tier, text in observed)
+    observations = tuple(Observation(c, ToolResult(text), tier, Kind.RECORDED, shown=4) for c, tier, text in observed)
     none = np.zeros(0)
     episode = Trajectory("t", 0, none, none, none, none, (), observations, said, StopReason.ANSWER, 2)
     wanted = Task("t", "f", "train", ("get",), (Message("user", asked),), ((REFERENCE,),), ("blue",))

@@ -1,5 +1,6 @@
 """The experiment's world is what its README says, and its program runs from end to end."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -12,7 +13,7 @@ from cacherl_jax.cache.lookup import CachedTools, record_transcript
 from cacherl_jax.cache.store import MemoryStore
 from cacherl_jax.config import PAPER_CACHE, Config, GrpoConfig, RewardConfig
 from cacherl_jax.reward import monitor
-from cacherl_jax.train.scoring import correlations_of, rollout_metrics, score_groups, watch, write_rollouts
+from cacherl_jax.train.scoring import correlations_of, live_calls_of, rollout_metrics, score_groups, watch, write_rollouts
 from cacherl_jax.trajectory import StopReason, Trajectory
 from cacherl_jax.types import Tier
 
@@ -86,17 +87,32 @@ def test_leaving_the_cache_pays_under_the_papers_formula_alone(world, played):
     assert row["by_tier"]["best_effort"]["share"] == pytest.approx(2 / 3)
 
 
+def test_falling_out_of_the_cache_earns_nothing_unlike_in_the_paper(world):
+    """The experiment's 10,000 random groups, whose quality does not depend on the tier."""
+    found = __import__("random_groups").mean_advantages(10_000)
+    for way in ("calibrated", "none"):
+        assert all(abs(tier["mean"]) < 3 * tier["error"] for tier in found[way].values()), way
+    exact, best_effort = found["paper"]["exact"], found["paper"]["best_effort"]
+    assert exact["mean"] < -10 * exact["error"] and best_effort["mean"] > 10 * best_effort["error"]
+
+
 def test_every_component_is_logged_with_its_correlation(world, played, tmp_path):
     made, _ = scored(world, played, "calibrated")
     metrics = json.loads(json.dumps(rollout_metrics(made)))
     assert metrics["correlations"].keys() == metrics["components"].keys() - {"success"}
     assert metrics["correlations"]["process"] == {"r": None, "n": len(played[1])}  # the paper's is 1 for all: it says nothing
+    assert metrics["reward"] == metrics["components"]["reward"] != (metrics["answer"] + metrics["process"]) / 2
     assert metrics["components"]["valid_names"] == metrics["components"]["valid_arguments"] == 1.0
     assert metrics["accuracy"] == pytest.approx(1 / 3) and metrics["components"]["success"] == 0.0
     write_rollouts(tmp_path / "rollouts.jsonl", made)
     twice = correlations_of([tmp_path / "rollouts.jsonl"] * 2)
     assert twice.keys() == metrics["correlations"].keys() and twice["process"] == {"r": None, "n": 2 * len(played[1])}
     lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert live_calls_of([tmp_path / "rollouts.jsonl"]) == 0
+    live = world.Warehouse(0).execute(played[0][0].references[0][0], 0)
+    with_live = dataclasses.replace(made.trajectories[0], observations=(live, live))
+    write_rollouts(tmp_path / "live.jsonl", dataclasses.replace(made, trajectories=[with_live, *made.trajectories[1:]]))
+    assert live_calls_of([tmp_path / "live.jsonl"] * 2) == 4
     for name, values_N in made.components.items():
         np.testing.assert_array_equal([line["rewards"]["components"][name] for line in lines], values_N)
 

@@ -78,37 +78,6 @@ def test_episode_weights():
     assert [paper_weight(trajectory(observations=chain[:n])) for n in range(4)] == [0.6, 0.6, 0.3, 0.1]
 
 
-TIER_WEIGHTS = {"calibrated": (1.0, 0.3, 0.1, 0.0), "paper": (0.6, 0.3, 0.1, 0.1)}
-
-
-def mean_by_tier(kind, groups=10_000, size=8):
-    """Mean advantage of each tier and its standard error, over groups whose quality does not depend on the tier. The
-    process reward exceeds the answer's, as after SFT; it varies little."""
-    rng = np.random.default_rng(0)
-    sums: dict[int, list[float]] = {tier: [] for tier in range(4)}
-    for _ in range(groups):
-        tiers_G = rng.integers(0, 4, size)
-        answer_G = rng.choice([0.0, 0.5, 1.0], size, p=[0.3, 0.2, 0.5])
-        process_G = rng.uniform(0.8, 1.0, size)
-        weight_G = np.array(TIER_WEIGHTS[kind])[tiers_G]
-        advantage_G = (
-            scalar(weight_G * answer_G + (1 - weight_G) * process_G, divide_by_std=True)
-            if kind == "paper"
-            else calibrated(answer_G, process_G, weight_G, process_weight=0.5)
-        )
-        for tier in range(4):
-            if (tiers_G == tier).any():
-                sums[tier].append(advantage_G[tiers_G == tier].mean())
-    return {t: (np.mean(v), np.std(v) / np.sqrt(len(v))) for t, v in sums.items()}
-
-
-def test_falling_out_of_the_cache_earns_nothing_unlike_in_the_paper():
-    for mean, error in mean_by_tier("calibrated").values():
-        assert abs(mean) < 3 * error
-    means = mean_by_tier("paper")
-    assert means[0][0] < -10 * means[0][1] and means[2][0] > 10 * means[2][1]  # exact is punished, best effort is paid
-
-
 def test_calibrated_against_its_formula_and_in_its_limits():
     rng = np.random.default_rng(1)
     for _ in range(200):

@@ -52,6 +52,10 @@ def test_every_combination_equals_its_formula_and_differs_from_the_others(tier):
         for equal in (np.full(6, 0.1), np.full(6, 0.9)):  # whose mean, plain or weighted, rounds to another number
             assert not advantages(grpo, tier, equal, equal, weight if tier == "calibrated" else equal).any()
             assert advantages(grpo, tier, equal, equal, equal, shaping).any()
+    small = np.array([0, 1, 1e-16, 2e-16, 0, 0])  # products of fidelities, lost in a sum with 1
+    grpo = GrpoConfig(baseline="leave_one_out")
+    found = advantages(grpo, tier, answer, process, small, shaping)
+    np.testing.assert_allclose(found, reference(grpo, tier, answer, process, small, shaping), atol=1e-12)
 
 
 def test_the_size_of_advantages_says_what_the_kl_coefficient_means():

@@ -11,6 +11,7 @@ from cacherl_jax.config import GrpoConfig, StopRules
 from cacherl_jax.tools.world import make_tasks
 from cacherl_jax.train import stops
 from cacherl_jax.train.groups import episodes_of, play_groups, tasks_at
+from cacherl_jax.train.scoring import Scored
 from cacherl_jax.trajectory import StopReason
 
 TASKS = make_tasks("train", 5, 0)
@@ -36,9 +37,16 @@ def played(useful, *, extra_rounds, stops_of=lambda group: StopReason.ANSWER, po
         rounds.append([(task.id, sample) for task, sample in episodes])
         return [SimpleNamespace(stop=stops_of((begun + i) // 2)) for i in range(len(episodes))]
 
+    scored = []
+
     def score(tasks, trajectories):
+        """Once for each group, whatever a second time might say."""
         assert len(trajectories) == 2 * len(tasks)
-        return SimpleNamespace(advantage_N=np.array([x for i in range(len(tasks)) for x in ((1.0, -1.0) if useful(i) else (0, 0))]))
+        first = len(scored)
+        scored.extend(tasks)
+        advantage_N = np.array([x for i in range(first, len(scored)) for x in ((1.0, -1.0) if useful(i) else (0, 0))], float)
+        judged = {"asked": len(trajectories), "failures": {"HTTP status 500": 1}}
+        return Scored(trajectories, advantage_N, advantage_N, advantage_N, advantage_N, {"reward": advantage_N}, judged)
 
     return play_groups(TASKS, position, 7, grpo, play, score), rounds
 
@@ -64,6 +72,9 @@ def test_groups_without_advantage_are_replaced_by_the_next_tasks(useful, extra_r
     assert len(set(asked)) == len(asked)  # also where the epoch turns and a task comes again
     expected = [bool(useful[i]) or not extra_rounds for i in range(made.tasks) for _ in range(2)]
     assert made.trained_N.tolist() == expected
+    found = made.scored
+    assert len(found.trajectories) == len(found.advantage_N) == len(found.components["reward"]) == len(asked)
+    assert found.judged == {"asked": len(asked), "failures": {"HTTP status 500": made.rounds}}
 
 
 CAPS = [s for s in StopReason if s is not StopReason.ANSWER]
