@@ -163,10 +163,11 @@ class PaidModel:
         except Refused as refusal:
             if not self._answered:
                 raise TeacherStopped(f"the endpoint refused the first request: {refusal}") from refusal
-            reply = Reply("", problem="refused")
+            reply = Reply("", problem="refused")  # not stored: it cost nothing, and another endpoint may take the request
         finally:
             money = await self._purse.settle(request, paid)
-        self._replies.put(request, reply, money)
+        if reply is paid:
+            self._replies.put(request, reply, money)
         self._answered, self.asked = True, self.asked + 1
         return reply
 

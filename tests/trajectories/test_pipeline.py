@@ -94,6 +94,7 @@ BAD = Act(status=400)
         (("Not at all.",), ["no_json"] * 3, 3, {}),
         ((json.dumps({"reasoning": "half \ud800 a pair"}),), [], 1, {}),
         ((Act(GOOD, counts=False),), [], 1, {}),
+        ((Act(GOOD, usage={"total_tokens": 9, "completion_tokens": None}),), [], 1, {}),
         ((BAD, GOOD), [], 2, {}),  # json_schema refused: json_object then
     ],
 )
@@ -127,6 +128,22 @@ def test_an_endpoint_that_cannot_be_used_ends_the_run(tmp_path, acts, message):
     with Server(in_turn(*acts)) as server, pytest.raises(TeacherStopped, match=message):
         run(tmp_path, [single()], teacher(server, retries=1))
     assert not (tmp_path / "transcripts.jsonl").exists()
+
+
+def test_places_are_held_until_the_reply_is_there_and_refusals_are_forgotten(tmp_path):
+    def answer(body):
+        long = "Hello 7" in body["messages"][1]["content"]
+        return Act(status=413) if long and not taken else Act(GOOD, seconds=0.02, head_first=True)
+
+    taken = []
+    with Server(answer) as server:
+        run(tmp_path, [single()], teacher(server, concurrency=2))
+        first = run(tmp_path, [single(n) for n in range(12)], teacher(server, concurrency=2))
+        assert server.most_at_once == 2 and len(server.requests) == 12 + 1  # the refused one without a schema as well, once
+        assert (first["written"], first["empty"], first["rejected"]) == (11, 1, {"refused": 1})
+        taken.append(True)  # by a server with more room
+        again = run(tmp_path, [single(n) for n in range(12)], teacher(server, concurrency=2))
+    assert (again["written"], again["requests"], again["from_store"]) == (12, 1, 11)
 
 
 def test_order_roles_provenance_and_what_is_sent(tmp_path):
