@@ -93,10 +93,13 @@ async def think_message(messages: Sequence[Message], i: int, teacher: Teacher, c
         return Thought(message, "kept")
     if checks.THINK_MARK.search(message.content):
         inside = checks.THINK_BLOCK.fullmatch(message.content)
-        if inside and not checks.THINK_MARK.search(inside[1] + inside[2]):
-            return Thought(dataclasses.replace(message, reasoning=inside[1].strip(), content=inside[2]), "kept")
-        # Where its reasoning ends nobody can say, and no reasoning in front of it would mend the text to the user.
-        return Thought(dataclasses.replace(message, reasoning=""), "empty", ("marked_text",))
+        if not inside or checks.THINK_MARK.search(inside[1] + inside[2]):
+            # Where its reasoning ends nobody can say, and no reasoning in front of it would mend the text to the user.
+            return Thought(dataclasses.replace(message, reasoning=""), "empty", ("marked_text",))
+        message = dataclasses.replace(message, reasoning=inside[1].strip() or None, content=inside[2])
+        if message.reasoning:
+            return Thought(message, "kept")
+        messages = [*past, message, *messages[i + 1 :]]  # an empty block, as models that do not think write it
     answers: list[Answer] = []
     rejected: list[str] = []
 

@@ -122,6 +122,8 @@ def test_reasoning_inside_the_text_is_taken_apart_or_reported():
 
     assert one("<think>\nA greeting.\n</think>\n\nHello!") == ("A greeting.", "Hello!", 1, {})
     assert one("A greeting.</think>Hello!") == ("A greeting.", "Hello!", 1, {})
+    reasoning, *rest = one("<think>\n\n</think>\n\nHello!")  # of a model that does not think: its reasoning is written
+    assert reasoning and rest == ["Hello!", 0, {}]
     assert one("Hello <think> A greeting.") == ("", "Hello <think> A greeting.", 0, {"marked_text": 1})
 
 
