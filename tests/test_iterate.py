@@ -129,6 +129,11 @@ def test_ablations_run_and_compare_each_row_with_its_full_system(tmp_path):
     assert {path.name for path in (tmp_path / "seed0").iterdir()} == {"full", "reasoning"}
     assert result["rows"][1]["paper_relative"] == pytest.approx(-0.412, abs=1e-3) and result["rows"][0]["difference"]["n"] == 6
     assert (tmp_path / "table.md").read_text().count("\n") == 4 and (tmp_path / "figure.png").is_file()
+    # A command for other rows adds its own to them.
+    old, path, add = result["rows"], tmp_path / "result.json", experiment["with_earlier"]
+    new = {"removed": "KL"}, {"removed": "GRPO"}
+    assert add(new, [0], path) == [new[1], old[1], new[0]]
+    assert add(new, [0, 1], path) == add(new, [0], tmp_path / "none") == [*new[::-1]]
     # Without written reasoning the same episodes are shorter, and nothing else of the configuration differs.
     full, without = (RunDirectory(tmp_path / "seed0" / v, experiment["config_of"](v, 0, True)) for v in ("full", "reasoning"))
     assert full.config == without.config
