@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ import jax
 import numpy as np
 
 from cacherl_jax import metrics, processes
+from cacherl_jax.config import RejectionConfig
 from cacherl_jax.data.pipeline import Row
 from cacherl_jax.evaluate import intervals, process_accuracy, rounds
 from cacherl_jax.reward.answer import answer_reward
+from cacherl_jax.reward.judge import Judge, open_judge
 from cacherl_jax.rollout import runner, stream
 from cacherl_jax.run_directory import RunDirectory, write_json, write_lines
 from cacherl_jax.stages import eval, grpo, record, sft, think
@@ -53,7 +55,7 @@ from cacherl_jax.tools import registry
 from cacherl_jax.trajectories import rejection
 from cacherl_jax.trajectories.transcripts import write_transcripts
 from cacherl_jax.trajectory import Trajectory
-from cacherl_jax.types import Task
+from cacherl_jax.types import Task, ToolSpec
 
 DRAWS = 1  # third of the numbers that seed a round's draws: steps of GRPO are seeded by two
 
@@ -113,12 +115,10 @@ def _reject(run: RunDirectory, number: int, progress: metrics.ProgressFactory) -
                 finished=finished.values(), on_done=on_done,
             )  # fmt: skip
         of_id = {task.id: task for task in tasks}
-        accepted, counts = rejection.select(
-            ((of_id[t.task_id], t) for t in played),
-            calls=lambda task, t: process_accuracy.process_accuracy(task, t.calls_made, specs),
-            answer=answer_reward,
-            rules=rules,
-        )
+        pairs = [(of_id[t.task_id], t) for t in played]
+        judge = open_judge(config.reward, folder / "verdicts.sqlite")
+        calls, answer, judged = _scores(pairs, specs, rules, judge)
+        accepted, counts = rejection.select(pairs, calls=calls, answer=answer, rules=rules)
         texts = [rejection.as_transcript(tok, of_id[t.task_id], t, policy.replace("/", "-")) for t in accepted]
         if processes.is_first():
             write_lines(folder / "accepted.jsonl", (t.to_json() for t in accepted))
@@ -129,10 +129,25 @@ def _reject(run: RunDirectory, number: int, progress: metrics.ProgressFactory) -
             "tasks_accepted": len({t.task_id for t in accepted}),
             "episodes": len(episodes),
             "counts": counts,
+            **judged,
             "rendered_alike": sum(np.array_equal(ids, t.tokens_T) for ids, t in zip(rendered, accepted, strict=True)),
         }
 
     return run.run(stage, MERGED if number else REJECTION, body)
+
+
+def _scores(
+    pairs: Sequence[tuple[Task, Trajectory]], specs: Mapping[str, ToolSpec], rules: RejectionConfig, judge: Judge | None
+) -> tuple[rejection.Score | None, rejection.Score, dict[str, Any]]:
+    """Who says what is right: the references of the calls and the facts in the answer; or the judge alone, asked at one time
+    about all episodes that nothing else speaks against, with what was asked. What it did not grade is not accepted."""
+    if judge is None:
+        return lambda task, t: process_accuracy.process_accuracy(task, t.calls_made, specs), answer_reward, {}
+    asked = [p for p in pairs if rejection.verdict(*p, None, lambda task, t: 1.0, rules) == rejection.ACCEPTED]
+    verdicts = judge.grade(asked)
+    grades = {(t.task_id, t.sample): r or 0.0 for (_, t), r in zip(asked, verdicts.rewards, strict=True)}
+    judged = {"asked": verdicts.asked, "failures": dict(verdicts.failures)}
+    return None, lambda task, t: grades[t.task_id, t.sample], {"judge": judged}
 
 
 def _chosen(tasks: Sequence[Task], count: int, rng: np.random.Generator) -> list[Task]:

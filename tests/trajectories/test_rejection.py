@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from cacherl_jax.config import MixConfig, RejectionConfig, RolloutConfig
+from cacherl_jax.reward.judge import Verdicts
 from cacherl_jax.rollout.agent_loop import CallTools, Episode, Inject
+from cacherl_jax.stages import iterate
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import train_tokenizer
 from cacherl_jax.trajectories import rejection
@@ -78,6 +80,23 @@ def test_a_judge_decides_alone_and_is_asked_only_where_nothing_else_speaks_again
         "accepted", "wrong_answer", "unfaithful", "no_answer",
     ]  # fmt: skip
     assert asked == ["Found it: 17.", "No."]
+
+
+def test_a_run_with_a_judge_asks_it_once_about_all_and_takes_nothing_that_it_did_not_grade():
+    class Judge:
+        def grade(self, episodes):
+            self.asked = [t.sample for _, t in episodes]
+            return Verdicts([1.0, 0.8, None], 2, {"HTTP status 500": 1})
+
+    judge, rules = Judge(), RejectionConfig()
+    played = [play(LIST, ANSWER), play(*[FIND] * 5, sample=1), *(play(FIND, ANSWER + "!" * n, sample=n) for n in (2, 3))]
+    pairs = [(TASK, t) for t in played]
+    calls, answer, judged = iterate._scores(pairs, SPECS, rules, judge)
+    accepted, counts = rejection.select(pairs, calls=calls, answer=answer, rules=rules)
+    assert judge.asked == [0, 2, 3] and judged == {"judge": {"asked": 2, "failures": {"HTTP status 500": 1}}}
+    assert [t.sample for t in accepted] == [0] and (counts["no_answer"], counts["wrong_answer"]) == (1, 2)
+    calls, answer, _ = iterate._scores(pairs, SPECS, rules, None)
+    assert [rejection.verdict(*pair, calls, answer, rules) for pair in pairs[::2]] == ["wrong_calls", "accepted"]
 
 
 def test_a_task_keeps_its_cheapest_episodes_of_different_tools_each_once():
