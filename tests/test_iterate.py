@@ -59,6 +59,10 @@ class Experts:
 def test_rounds_go_on_after_ctrl_c_and_learn_from_what_was_accepted(tmp_path, monkeypatch, capsys):
     experiment = runpy.run_path(str(EXPERIMENTS / "iterate" / "run.py"))
     run = RunDirectory(tmp_path / "demo", experiment["configs"](None, True)["demo"])
+    assert [*experiment["configs"](tmp_path, True)] == ["demo"] and [*experiment["configs"](tmp_path, False)] == [
+        "demo",
+        "sgd_small",
+    ]
     rules, arguments = run.config.iterate.rejection, ["--smoke", "--out", str(tmp_path)]
     experts = Experts(run.out, stop=7)
     monkeypatch.setattr(iterate, "runner", experts)

@@ -3,6 +3,9 @@
 OUT/think/transcripts.jsonl, provenance.jsonl, replies.sqlite   see trajectories/pipeline.py
 OUT/think/tfds/                                                  with --tfds: the same content, split "train"
 OUT/think/done.json                                              the result
+
+A folder belongs to one corpus, limit and teacher. What was paid for is taken along to another one, such as that of a larger
+limit, by copying replies.sqlite into its think/ first.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,7 +195,9 @@ def test_a_budget_stops_before_it_is_overspent_and_a_larger_one_goes_on(tmp_path
     with Server(lambda body: Act(GOOD, seconds=0.01)) as server:
         small = teacher(server, max_tokens=500, **budget)
         for _ in range(2):
-            with pytest.raises(TeacherStopped, match="the budget of teacher"):
+            with pytest.raises(
+                TeacherStopped, match=r"the budget of teacher\.budget_\w+=\S+ leaves no room for a request of up to [\d.]+"
+            ):
                 run(tmp_path, transcripts, small)
             done = len(server.requests)
         assert 1 <= done < 30 and not (tmp_path / "transcripts.jsonl").exists()
@@ -253,6 +256,10 @@ def test_a_corpus_by_the_command_line_killed_and_resumed(tmp_path, capsys):
     assert [e["json"].decode() for e in examples] == lines and len(lines) == 30
     assert [row for e in examples for row in json.loads(e["provenance"])] == rows(out / "think")
     assert cli.main(base[:5] + ["--out", str(out), "--limit", "29"]) == 2 and "limit" in capsys.readouterr().err
+    (tmp_path / "larger" / "think").mkdir(parents=True)
+    shutil.copy(out / "think" / "replies.sqlite", tmp_path / "larger" / "think")
+    other = ["--out", str(tmp_path / "larger"), "--limit", "35", "--dry-run"]
+    assert cli.main([*base, *other]) == 0 and json.loads(capsys.readouterr().out)["paid_before"] == 60
 
 
 def wait_for(condition, seconds=60.0):
