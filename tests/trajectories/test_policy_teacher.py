@@ -16,6 +16,7 @@ from cacherl_jax.stages.policy_teacher import load
 from cacherl_jax.text.tokenizer import train_tokenizer
 from cacherl_jax.trajectories import prompts
 from cacherl_jax.trajectories.paid import Refused
+from cacherl_jax.trajectories.teacher import LanguageTeacher
 from cacherl_jax.types import Message
 
 MESSAGE = Message("assistant", "It is in Oslo.")
@@ -53,6 +54,12 @@ def test_a_request_is_answered_the_same_alone_and_in_company(policy):
     assert all(reply.problem == ("cut" if reply.completion_tokens == 12 else "") for reply in together)
     with pytest.raises(Refused, match="exceed rollout"):
         asyncio.run(model.complete(request("Where? " * 300)))
+
+
+def test_a_policy_at_temperature_0_is_not_asked_the_same_again(policy):
+    for temperature in (0.0, 0.5):
+        config = dataclasses.replace(policy.teacher, temperature=temperature)
+        assert LanguageTeacher(None, "policy", {}, config, 0).draws == (temperature > 0)
 
 
 def test_turns_stop_at_their_budgets_and_misfits_are_refused(policy):
