@@ -64,6 +64,10 @@ class Experts:
 def test_rounds_go_on_after_ctrl_c_and_learn_from_what_was_accepted(tmp_path, monkeypatch, capsys):
     experiment = runpy.run_path(str(EXPERIMENTS / "iterate" / "run.py"))
     run = RunDirectory(tmp_path / "demo", experiment["configs"](None, True)["demo"])
+    assert [*experiment["configs"](tmp_path, True)] == ["demo"] and [*experiment["configs"](tmp_path, False)] == [
+        "demo",
+        "sgd_small",
+    ]
     rules, arguments = run.config.iterate.rejection, ["--smoke", "--out", str(tmp_path)]
     experts = Experts(run.out, stop=7)
     monkeypatch.setattr(iterate, "runner", experts)
@@ -117,7 +121,7 @@ def test_rounds_go_on_after_ctrl_c_and_learn_from_what_was_accepted(tmp_path, mo
         f"{run.out / 'round1' / 'sft'} was made with other settings (iterate.mix.repeats: 3 then, 1 now)" in capsys.readouterr().err
     )
     settings = {path.parent.relative_to(run.out): path.read_text() for path in run.out.rglob("settings.json")}
-    assert len(settings) == 2 + 3 + 3 + 1 and not any("rounds" in text for text in settings.values())
+    assert len(settings) == 2 + 3 + 3 + 1 and not any('"rounds"' in t or "iterate.rounds" in t for t in settings.values())
     assert cli.main(command) == 0 and json.loads(capsys.readouterr().out) == json.loads((run.out / "rounds.json").read_text())
 
 
@@ -134,6 +138,11 @@ def test_ablations_run_and_compare_each_row_with_its_full_system(tmp_path):
     assert {path.name for path in (tmp_path / "seed0").iterdir()} == {"full", "reasoning"}
     assert result["rows"][1]["paper_relative"] == pytest.approx(-0.412, abs=1e-3) and result["rows"][0]["difference"]["n"] == 6
     assert (tmp_path / "table.md").read_text().count("\n") == 4 and (tmp_path / "figure.png").is_file()
+    # A command for other rows adds its own to them.
+    old, path, add = result["rows"], tmp_path / "result.json", experiment["with_earlier"]
+    new = {"removed": "KL"}, {"removed": "GRPO"}
+    assert add(new, [0], path) == [new[1], old[1], new[0]]
+    assert add(new, [0, 1], path) == add(new, [0], tmp_path / "none") == [*new[::-1]]
     # Without written reasoning the same episodes are shorter, and nothing else of the configuration differs.
     full, without = (RunDirectory(tmp_path / "seed0" / v, experiment["config_of"](v, 0, True)) for v in ("full", "reasoning"))
     assert full.config == without.config

@@ -9,13 +9,14 @@ from cacherl_jax.config.basics import Count, Positive, PositiveRate, Share, requ
 
 @dataclass(frozen=True)
 class RejectionConfig:
-    """Which episodes of a policy are worth learning from (trajectories/rejection.py)."""
+    """Which episodes of a policy are worth learning from (trajectories/rejection.py): by references and facts, or, with
+    reward.answer="judge", by the judge alone."""
 
     tasks: Count = 0  # training tasks played a round; 0: all
     samples: Positive = 4  # episodes a task
     temperature: PositiveRate = 1.0
     keep: Positive = 2  # accepted episodes a task at most
-    least_answer: Share = 1.0  # score of the answer from which on it is accepted; 1: all facts are in it
+    least_answer: Share = 1.0  # score of the answer from which on it is accepted; 1: all facts are in it, or the judge's best grade
     least_fidelity: Share = 0.5  # of each observation: the probability that it is the tool's true result
 
     def __post_init__(self) -> None:

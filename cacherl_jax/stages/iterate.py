@@ -172,18 +172,18 @@ def _merged_rows(run: RunDirectory, number: int) -> tuple[list[Row], dict[str, A
     files = [run.out / f"round{earlier}" / "rejection" / "accepted.jsonl" for earlier in range(number)]
     accepted = rejection.distinct(t for path in files for t in load_trajectories(path))
     recorded = sum(map(rejection.calls_of, transcripts), Counter())
-    chosen = [accepted[i] for i in rejection.mix(recorded, [*map(rejection.calls_of, accepted)], run.config.iterate.mix)]
+    fitting = [t for t in accepted if len(t.tokens_T) <= sft.row_limit(run.config)]  # the others make room for no tool
+    chosen = [fitting[i] for i in rejection.mix(recorded, [*map(rejection.calls_of, fitting)], run.config.iterate.mix)]
     after = sum(map(rejection.calls_of, chosen), recorded)
-    fitting = [t for t in chosen if len(t.tokens_T) <= sft.row_limit(run.config)]
     facts |= {
-        "too_long": facts["too_long"] + len(chosen) - len(fitting),
+        "too_long": facts["too_long"] + len(accepted) - len(fitting),
         "transcripts": len(transcripts),
         "accepted": len(accepted),
-        "accepted_rows": len(fitting),
+        "accepted_rows": len(chosen),
         "calls": {name: {"recorded": recorded[name], "mixed": after[name]} for name in sorted(after)},
         "entropy": {"recorded": rejection.entropy(recorded), "mixed": rejection.entropy(after)},
     }
-    return [*rows, *(Row(t.tokens_T, t.sampled_T) for t in fitting)], facts
+    return [*rows, *(Row(t.tokens_T, t.sampled_T) for t in chosen)], facts
 
 
 # ---- what came of it -------------------------------------------------------------------------------------------------

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from cacherl_jax import checkpoint, interrupts, mesh, model_folder
-from cacherl_jax.config import Config, ConfigError
+from cacherl_jax.config import Config, ConfigError, RolloutConfig
 from cacherl_jax.model import qwen3
 from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.rollout.turns import Prompt, sample_turns
@@ -22,8 +25,10 @@ from cacherl_jax.types import Message
 
 
 def load(config: Config) -> PolicyModel:
-    """The model in `config.teacher.policy`, on one device. Raises ConfigError where there is none."""
-    folder = Path(config.teacher.policy)
+    """The model in `config.teacher.policy`, on one device. Raises ConfigError where there is none, and for several processes."""
+    if jax.process_count() > 1:
+        raise ConfigError("teacher.kind='policy' asks one device: run `cacherl think` without --distributed, then go on with it")
+    folder = Path(config.teacher.policy).resolve()
     shape = model_folder.model_config(folder)
     tok = Tokenizer.load(model_folder.tokenizer_folder(folder))
     model = checkpoint.restore_model(folder / "checkpoints", checkpoint.abstract_model(shape, mesh.one_device()))
@@ -32,7 +37,18 @@ def load(config: Config) -> PolicyModel:
         raise ConfigError(
             f"teacher.max_tokens={config.teacher.max_tokens} leaves no room for a prompt in rollout.context={settings.context}"
         )
-    return PolicyModel(Engine(shape, settings, tok.stop_ids), model, tok, f"policy:{folder}")
+    name = f"policy:{folder.name}@{_digest(model, model_folder.tokenizer_folder(folder), settings)}"
+    return PolicyModel(Engine(shape, settings, tok.stop_ids), model, tok, name)
+
+
+def _digest(model: qwen3.Qwen3, tokenizer: Path, settings: RolloutConfig) -> str:
+    """Of all that decides a reply beside the request. A policy that is trained again in its place is another teacher: what the
+    old one replied, under its name, is not taken for the new one's."""
+    digest = hashlib.sha256(json.dumps([dataclasses.asdict(model.config), settings.top_p, settings.top_k]).encode())
+    digest.update((tokenizer / "tokenizer.json").read_bytes())
+    for weight in jax.tree.leaves(qwen3.to_dict(model)):  # in the order of their names
+        digest.update(np.ascontiguousarray(weight).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:16]
 
 
 class PolicyModel:

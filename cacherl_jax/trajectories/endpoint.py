@@ -29,8 +29,8 @@ class _Busy(Exception):
 
 
 class _Slot:
-    """A place among the requests on their way. Taken when the request is made up, released as the reply's head arrives:
-    writing and reading go on while others are under way."""
+    """A place among the requests on their way. Taken when the request is made up, released as the reply arrives: prompts are
+    made up and replies are read while others are under way."""
 
     def __init__(self, slots: asyncio.Semaphore) -> None:
         self._slots, self._held = slots, False
@@ -70,6 +70,8 @@ class Endpoint:
             self.tries += 1
 
         async def on_head(response: Any) -> None:
+            if "content-length" not in response.headers:
+                await response.aread()  # some servers send the head at once, and the reply when there is one
             _slot.get().release()
 
         self._client = self._openai.AsyncOpenAI(
@@ -157,9 +159,14 @@ def _reply(completion: Any, request: Request) -> Reply:
     if not isinstance(text, str):
         raise TypeError(f"content is {type(text).__name__}")
     # Servers that do not count are counted for.
-    prompt = usage["prompt_tokens"] if usage else request.prompt_tokens
-    completed = usage["completion_tokens"] if usage else len(text.encode(errors="replace")) // 3 + 1
+    prompt = _counted(usage, "prompt_tokens", request.prompt_tokens)
+    completed = _counted(usage, "completion_tokens", len(text.encode(errors="replace")) // 3 + 1)
     return Reply(text, prompt, completed, "cut" if choice.get("finish_reason") == "length" else "")
+
+
+def _counted(usage: Any, name: str, otherwise: int) -> int:
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) else otherwise
 
 
 def _retry_after(headers: Any) -> float:

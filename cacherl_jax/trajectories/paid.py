@@ -125,12 +125,15 @@ class Purse:
 
     def _exceeded(self, tokens: int, money: float) -> str:
         config, spent = self._config, self.prompt_tokens + self.completion_tokens
-        goes_on = "what was done is kept, and the same command with a larger one goes on"
-        if config.budget_tokens and spent + self._reserved_tokens + tokens > config.budget_tokens:
-            return f"the budget of teacher.budget_tokens={config.budget_tokens} is spent ({spent} tokens); {goes_on}"
+        limit = next_one = gone = ""
         if config.budget_money and self.money + self._reserved_money + money > config.budget_money:
-            return f"the budget of teacher.budget_money={config.budget_money} is spent ({self.money:.6g}); {goes_on}"
-        return ""
+            limit, next_one, gone = f"money={config.budget_money}", f"{money:.6g}", f"{self.money:.6g}"
+        if config.budget_tokens and spent + self._reserved_tokens + tokens > config.budget_tokens:
+            limit, next_one, gone = f"tokens={config.budget_tokens}", f"{tokens}", f"{spent}"
+        return limit and (
+            f"the budget of teacher.budget_{limit} leaves no room for a request of up to {next_one}, {gone} are spent; "
+            "what was done is kept, and the same command with a larger one goes on"
+        )
 
 
 class PaidModel:
@@ -163,10 +166,11 @@ class PaidModel:
         except Refused as refusal:
             if not self._answered:
                 raise TeacherStopped(f"the endpoint refused the first request: {refusal}") from refusal
-            reply = Reply("", problem="refused")
+            reply = Reply("", problem="refused")  # not stored: it cost nothing, and another endpoint may take the request
         finally:
             money = await self._purse.settle(request, paid)
-        self._replies.put(request, reply, money)
+        if reply is paid:
+            self._replies.put(request, reply, money)
         self._answered, self.asked = True, self.asked + 1
         return reply
 

@@ -4,7 +4,7 @@
     FOLDER/provenance.jsonl    a row an assistant message: transcript, message, how, teacher, prompt, tokens, rejected
     FOLDER/replies.sqlite      what a language model replied, by request: what makes a run go on where it was
 
-The first two appear whole, when all is done.
+The first two appear whole, when all is done. A copy of the last one in another folder pays for the same requests there.
 """
 
 from __future__ import annotations

@@ -71,10 +71,9 @@ class Teacher(Protocol):
 class LanguageTeacher:
     """A language model with two fixed prompts. Replies that are no JSON of the asked form become problems."""
 
-    draws = True
-
     def __init__(self, model: Model | None, name: str, specs: Mapping[str, ToolSpec], config: TeacherConfig, seed: int) -> None:
         self.name, self.prompt = name, prompts.prompt_hash()
+        self.draws = config.kind != "policy" or config.temperature > 0  # endpoints vary at temperature 0 as well
         self._model, self._specs, self._config, self._seed = model, specs, config, seed
 
     def requests(self, past: Sequence[Message], message: Message, *, classifies: bool) -> Iterator[Request]:

@@ -23,7 +23,7 @@ How = Literal["kept", "wrapped", "written", "empty"]
 
 @dataclass(frozen=True)
 class Thought:
-    """An assistant message with its reasoning: kept as recorded, wrapped, written, or an empty block after `attempts`
+    """An assistant message with its reasoning: kept as recorded, wrapped, written, or an empty block after up to `attempts`
     rejections. rejected: the reason of each reply that the checks did not take, in order."""
 
     message: Message
@@ -84,7 +84,8 @@ def _provenance(transcript: str, i: int, thought: Thought, teacher: Teacher) -> 
 async def think_message(messages: Sequence[Message], i: int, teacher: Teacher, config: TeacherConfig) -> Thought:
     """The assistant message `messages[i]` with its reasoning. The teacher is given the messages before it alone.
 
-    Reasoning that `checks.problem` rejects is asked for again, `config.attempts` times in all; then the block is empty. A
+    Reasoning that `checks.problem` rejects is asked for again, `config.attempts` times in all, what the endpoint refuses not;
+    then the block is empty. A
     message whose text cannot be classified counts as addressed to the user: its text stays where it is.
     """
     past, message = messages[:i], messages[i]
@@ -92,10 +93,13 @@ async def think_message(messages: Sequence[Message], i: int, teacher: Teacher, c
         return Thought(message, "kept")
     if checks.THINK_MARK.search(message.content):
         inside = checks.THINK_BLOCK.fullmatch(message.content)
-        if inside and not checks.THINK_MARK.search(inside[1] + inside[2]):
-            return Thought(dataclasses.replace(message, reasoning=inside[1].strip(), content=inside[2]), "kept")
-        # Where its reasoning ends nobody can say, and no reasoning in front of it would mend the text to the user.
-        return Thought(dataclasses.replace(message, reasoning=""), "empty", ("marked_text",))
+        if not inside or checks.THINK_MARK.search(inside[1] + inside[2]):
+            # Where its reasoning ends nobody can say, and no reasoning in front of it would mend the text to the user.
+            return Thought(dataclasses.replace(message, reasoning=""), "empty", ("marked_text",))
+        message = dataclasses.replace(message, reasoning=inside[1].strip() or None, content=inside[2])
+        if message.reasoning:
+            return Thought(message, "kept")
+        messages = [*past, message, *messages[i + 1 :]]  # an empty block, as models that do not think write it
     answers: list[Answer] = []
     rejected: list[str] = []
 
@@ -109,6 +113,8 @@ async def think_message(messages: Sequence[Message], i: int, teacher: Teacher, c
             if not answers[-1].problem:
                 break
             rejected.append(answers[-1].problem)
+            if rejected[-1] == "refused":
+                break
         if answers[-1].value == "analytical":
             if checks.MARKS.search(message.content):
                 rejected.append("marks")  # would break the block; the text stays where it is
@@ -120,6 +126,8 @@ async def think_message(messages: Sequence[Message], i: int, teacher: Teacher, c
         if not problem:
             return done("written", reasoning=answers[-1].value)
         rejected.append(problem)
+        if problem == "refused":  # whatever its seed
+            break
     return done("empty", reasoning="")
 
 

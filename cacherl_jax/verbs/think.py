@@ -3,6 +3,9 @@
 OUT/think/transcripts.jsonl, provenance.jsonl, replies.sqlite   see trajectories/pipeline.py
 OUT/think/tfds/                                                  with --tfds: the same content, split "train"
 OUT/think/done.json                                              the result
+
+A folder belongs to one corpus, limit and teacher. What was paid for is taken along to another one, such as that of a larger
+limit, by copying replies.sqlite into its think/ first.
 """
 
 from __future__ import annotations
@@ -58,7 +61,10 @@ def think(args: argparse.Namespace, config: Config, progress: Any) -> dict[str, 
         if not transcripts:
             raise ConfigError("\n".join([f"--path {args.path} holds no readable dialogue", *corpus.problems]))
         job = stage.job_of(config, transcripts, corpus.specs)
-        run = RunDirectory(args.out, config, {"source": source, "dialogues": _digest(transcripts), "limit": args.limit})
+        digests = {"source": source, "dialogues": _digest(transcripts), "limit": args.limit}
+        if job.name:  # a policy's weights, which no setting names
+            digests["teacher"] = job.name
+        run = RunDirectory(args.out, config, digests)
         if args.dry_run:
             return pipeline.dry_run(args.out / "think", job) | {"left_out": corpus.problems}
         counts = {"transcripts": len(transcripts), "left_out": list(corpus.problems)}

@@ -6,13 +6,15 @@ Smoke:    python experiments/ablations/run.py --smoke --out runs/ablations_smoke
 
 Every policy is measured alike: process accuracy, which knows no tiers, on the test tasks with live tools. A seed changes the
 world's rows, the tasks, the initialisation and every draw; both sides of a row share it. The same command goes on where it was
-stopped. Writes result.json, figure.png and table.md beside this file, in a smoke run into --out.
+stopped. Writes result.json, figure.png and table.md beside this file, in a smoke run into --out; rows that are there, of the same
+seeds, stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -152,6 +154,14 @@ def compare(name: str, right: dict[str, list[list[float]]], draws: int) -> dict[
     }
 
 
+def with_earlier(rows: Sequence[dict[str, Any]], seeds: Sequence[int], path: Path) -> list[dict[str, Any]]:
+    """`rows`, and beside them the others of an earlier result with the same seeds, in the order of ROWS."""
+    known = json.loads(path.read_text()) if path.is_file() else {"seeds": [], "rows": []}
+    kept = known["rows"] if known["seeds"] == list(seeds) else []
+    by_part = {row["removed"]: row for row in (*kept, *rows)}
+    return [by_part[row.part] for row in ROWS.values() if row.part in by_part]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| removed | process accuracy, full | without | difference | relative | the paper's |", "|---" * 6 + "|"]
     for row in rows:
@@ -191,15 +201,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = args.seeds[:1] if args.smoke else args.seeds
     variants = list(dict.fromkeys(policy.split(":")[0] for name in args.rows for policy in policies_of(name)))
     right: dict[str, list[list[float]]] = {}
-    spent = 0.0
     for seed in seeds:
         for variant in variants:
             run = RunDirectory(args.out / f"seed{seed}" / variant, config_of(variant, seed, args.smoke))
             for policy, values in train(run, variant, metrics.progress_factory(enabled=not args.smoke)).items():
                 right.setdefault(f"{variant}:{policy}", []).append(values)
-            spent += sum(run.cpu_seconds().values())
-    rows = [compare(name, right, world().eval.bootstrap) for name in args.rows]
+    folders = [folder for seed in seeds for folder in (args.out / f"seed{seed}").iterdir()]
+    spent = sum(sum(RunDirectory(folder, world()).cpu_seconds().values()) for folder in folders)  # other rows' as well
     into = args.out if args.smoke else HERE
+    rows = [compare(name, right, world().eval.bootstrap) for name in args.rows]
+    rows = with_earlier(rows, seeds, into / "result.json")
     write_json(into / "result.json", {"seeds": list(seeds), "cpu_seconds": round(spent, 1), "rows": rows})
     (into / "table.md").write_text(table(rows))
     draw(rows, into / "figure.png")

@@ -4,7 +4,7 @@ Command:  python experiments/iterate/run.py --sgd DATA/sgd --out runs/iterate
 Smoke:    python experiments/iterate/run.py --smoke --out runs/iterate_smoke
 
 The same command goes on where it was stopped. Writes result.json, figure.png, table.md and a page a world beside this file,
-in a smoke run into --out. Without --sgd the demo's world alone.
+in a smoke run into --out. Without --sgd, and in a smoke run, the demo's world alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SMOKE = [
 
 def configs(sgd: Path | None, smoke: bool) -> dict[str, Config]:
     chosen = {"demo": [*ROUNDS["demo"], *(SMOKE if smoke else [])]}
-    if sgd is not None:
+    if sgd is not None and not smoke:
         chosen["sgd_small"] = [*ROUNDS["sgd_small"], f"data.path={sgd}"]
     return {name: with_overrides(load_config(CONFIGS / f"{name}.py"), sets) for name, sets in chosen.items()}
 

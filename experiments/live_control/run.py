@@ -178,12 +178,10 @@ class Seed:
             )
             return sum(process_accuracy(t, r.calls_made, self.specs) for t, r in zip(held_out, played, strict=True)) / len(played)
 
-        before = registry.live_call_count()
-        policy, _ = grpo.train(
+        policy, facts["live_calls_of_rl"] = grpo.train(
             config, self.initial(), self.tok, self.trained, self.specs, tools, folder / "grpo", base=self.run.out / "sft",
             validate=validate, progress=PROGRESS,
         )  # fmt: skip
-        facts["live_calls_of_rl"] = registry.live_call_count() - before
         facts["rollouts"] = config.grpo.steps * config.grpo.prompts * config.grpo.group
         rows = [row for row in metrics.read_metrics(folder / "grpo" / "metrics.jsonl") if "tiers" in row]
         facts["steps"] = [{name: row[name] for name in KEPT} for row in rows]

@@ -16,7 +16,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Act:
     """status and headers of the reply; seconds to stall before; closes: the connection, without a reply; raw: a body that is
-    no completion; finish: the finish reason."""
+    no completion; finish: the finish reason; head_first: the head comes before the stall, without a length; usage: instead of
+    the true counts."""
 
     text: str = ""
     status: int = 200
@@ -26,6 +27,8 @@ class Act:
     raw: str | None = None
     finish: str = "stop"
     counts: bool = True  # tokens, in usage
+    head_first: bool = False
+    usage: dict[str, Any] | None = None
 
 
 class Server:
@@ -85,6 +88,8 @@ class Server:
         try:
             act = self._answer(body)
             act = Act(act) if isinstance(act, str) else act
+            if act.head_first:
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n")
             await asyncio.sleep(act.seconds)
         finally:
             self._now -= 1
@@ -93,11 +98,11 @@ class Server:
         payload = (act.raw if act.raw is not None else json.dumps(completion(body, act) if act.status == 200 else {})).encode()
         lines = [f"HTTP/1.1 {act.status} Said", "Content-Type: application/json", f"Content-Length: {len(payload)}"]
         lines += [f"{name}: {value}" for name, value in act.headers.items()]
-        writer.write("\r\n".join([*lines, "", ""]).encode() + payload)
+        writer.write(payload if act.head_first else "\r\n".join([*lines, "", ""]).encode() + payload)
         await writer.drain()
         if act.status == 200 and act.raw is None:
             self.served[headers.get("idempotency-key", "")] += 1
-        return True
+        return not act.head_first
 
 
 def completion(body: dict[str, Any], act: Act) -> dict[str, Any]:
@@ -105,4 +110,4 @@ def completion(body: dict[str, Any], act: Act) -> dict[str, Any]:
     prompt, said = sum(len(m["content"]) for m in body["messages"]) // 4, len(act.text) // 4
     usage = {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
     whole = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
-    return whole | ({"usage": usage} if act.counts else {})
+    return whole | ({"usage": usage if act.usage is None else act.usage} if act.counts else {})

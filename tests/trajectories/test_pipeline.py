@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,7 @@ BAD = Act(status=400)
         (("Not at all.",), ["no_json"] * 3, 3, {}),
         ((json.dumps({"reasoning": "half \ud800 a pair"}),), [], 1, {}),
         ((Act(GOOD, counts=False),), [], 1, {}),
+        ((Act(GOOD, usage={"total_tokens": 9, "completion_tokens": None}),), [], 1, {}),
         ((BAD, GOOD), [], 2, {}),  # json_schema refused: json_object then
     ],
 )
@@ -127,6 +129,22 @@ def test_an_endpoint_that_cannot_be_used_ends_the_run(tmp_path, acts, message):
     with Server(in_turn(*acts)) as server, pytest.raises(TeacherStopped, match=message):
         run(tmp_path, [single()], teacher(server, retries=1))
     assert not (tmp_path / "transcripts.jsonl").exists()
+
+
+def test_places_are_held_until_the_reply_is_there_and_refusals_are_forgotten(tmp_path):
+    def answer(body):
+        long = "Hello 7" in body["messages"][1]["content"]
+        return Act(status=413) if long and not taken else Act(GOOD, seconds=0.02, head_first=True)
+
+    taken = []
+    with Server(answer) as server:
+        run(tmp_path, [single()], teacher(server, concurrency=2))
+        first = run(tmp_path, [single(n) for n in range(12)], teacher(server, concurrency=2))
+        assert server.most_at_once == 2 and len(server.requests) == 12 + 1  # the refused one without a schema as well, once
+        assert (first["written"], first["empty"], first["rejected"]) == (11, 1, {"refused": 1})
+        taken.append(True)  # by a server with more room
+        again = run(tmp_path, [single(n) for n in range(12)], teacher(server, concurrency=2))
+    assert (again["written"], again["requests"], again["from_store"]) == (12, 1, 11)
 
 
 def test_order_roles_provenance_and_what_is_sent(tmp_path):
@@ -177,7 +195,9 @@ def test_a_budget_stops_before_it_is_overspent_and_a_larger_one_goes_on(tmp_path
     with Server(lambda body: Act(GOOD, seconds=0.01)) as server:
         small = teacher(server, max_tokens=500, **budget)
         for _ in range(2):
-            with pytest.raises(TeacherStopped, match="the budget of teacher"):
+            with pytest.raises(
+                TeacherStopped, match=r"the budget of teacher\.budget_\w+=\S+ leaves no room for a request of up to [\d.]+"
+            ):
                 run(tmp_path, transcripts, small)
             done = len(server.requests)
         assert 1 <= done < 30 and not (tmp_path / "transcripts.jsonl").exists()
@@ -236,6 +256,10 @@ def test_a_corpus_by_the_command_line_killed_and_resumed(tmp_path, capsys):
     assert [e["json"].decode() for e in examples] == lines and len(lines) == 30
     assert [row for e in examples for row in json.loads(e["provenance"])] == rows(out / "think")
     assert cli.main(base[:5] + ["--out", str(out), "--limit", "29"]) == 2 and "limit" in capsys.readouterr().err
+    (tmp_path / "larger" / "think").mkdir(parents=True)
+    shutil.copy(out / "think" / "replies.sqlite", tmp_path / "larger" / "think")
+    other = ["--out", str(tmp_path / "larger"), "--limit", "35", "--dry-run"]
+    assert cli.main([*base, *other]) == 0 and json.loads(capsys.readouterr().out)["paid_before"] == 60
 
 
 def wait_for(condition, seconds=60.0):

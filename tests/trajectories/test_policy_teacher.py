@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from cacherl_jax.stages.policy_teacher import load
 from cacherl_jax.text.tokenizer import train_tokenizer
 from cacherl_jax.trajectories import prompts
 from cacherl_jax.trajectories.paid import Refused
+from cacherl_jax.trajectories.teacher import LanguageTeacher
 from cacherl_jax.types import Message
 
 MESSAGE = Message("assistant", "It is in Oslo.")
@@ -22,7 +24,7 @@ MESSAGE = Message("assistant", "It is in Oslo.")
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy")
+    folder = tmp_path_factory.mktemp("teacher") / "policy"
     tok = train_tokenizer([prompts.CLASSIFY, prompts.WRITE] * 2, [], 600)
     tok.save(folder / "tokenizer")
     shape = ModelConfig(
@@ -54,6 +56,12 @@ def test_a_request_is_answered_the_same_alone_and_in_company(policy):
         asyncio.run(model.complete(request("Where? " * 300)))
 
 
+def test_a_policy_at_temperature_0_is_not_asked_the_same_again(policy):
+    for temperature in (0.0, 0.5):
+        config = dataclasses.replace(policy.teacher, temperature=temperature)
+        assert LanguageTeacher(None, "policy", {}, config, 0).draws == (temperature > 0)
+
+
 def test_turns_stop_at_their_budgets_and_misfits_are_refused(policy):
     model = load(policy)
     engine, key_2 = model._engine, np.zeros(2, np.uint32)
@@ -64,8 +72,24 @@ def test_turns_stop_at_their_budgets_and_misfits_are_refused(policy):
             sample_turns(engine, model._model, wrong, 0.0)
 
 
-def test_a_policy_without_room_is_refused_before_any_work(policy):
+def test_a_policy_trained_again_in_its_place_is_another_teacher(policy, tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(policy.teacher.policy, folder)
+    moved = dataclasses.replace(policy, teacher=dataclasses.replace(policy.teacher, policy=str(folder)))
+    before = load(policy).name
+    assert load(moved).name == before and before.startswith("policy:policy@")  # the same weights, wherever they lie
+    drawn = dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, top_k=5))
+    assert load(drawn).name != before
+    shutil.rmtree(folder / "checkpoints")
+    model_folder.write(folder, qwen3.init(model_folder.model_config(folder), jax.random.key(1), mesh.one_device()))
+    assert load(moved).name != before
+
+
+def test_a_policy_without_room_is_refused_before_any_work(policy, monkeypatch):
     with pytest.raises(ConfigError, match="leaves no room"):
         load(dataclasses.replace(policy, rollout=dataclasses.replace(policy.rollout, context=12)))
     with pytest.raises(ConfigError, match="holds no model"):
         load(dataclasses.replace(policy, teacher=dataclasses.replace(policy.teacher, policy="nowhere")))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="without --distributed"):
+        load(policy)

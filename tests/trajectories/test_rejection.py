@@ -4,12 +4,15 @@ import dataclasses
 import random
 from collections import Counter
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from cacherl_jax.config import MixConfig, RejectionConfig, RolloutConfig
+from cacherl_jax.config import Config, MixConfig, RejectionConfig, RolloutConfig, with_overrides
+from cacherl_jax.reward.judge import Verdicts
 from cacherl_jax.rollout.agent_loop import CallTools, Episode, Inject
+from cacherl_jax.stages import iterate
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import train_tokenizer
 from cacherl_jax.trajectories import rejection
@@ -147,6 +150,21 @@ def test_no_tool_falls_below_its_share_and_nothing_is_left_out_that_fits():
     # A policy that has unlearnt b: of 10 episodes 4 may enter beside 4 a and 4 b, or b would have less than a third.
     assert rejection.mix({"a": 4, "b": 4}, [{"a": 1}] * 10, MixConfig(tool_floor=2 / 3)) == [0, 1, 2, 3]
     assert rejection.mix({}, [{"a": 1}], MixConfig()) == [0] and rejection.mix({"a": 1}, [], MixConfig()) == []
+
+
+def test_an_episode_too_long_to_train_on_makes_no_room_for_tools_of_others(monkeypatch, tmp_path):
+    long = play(LIST, LIST, LIST, ANSWER + " It is." * 99)
+    short = [play(FIND, ANSWER + "!" * n, sample=n) for n in range(1, 9)]
+    recorded = [rejection.as_transcript(TOK, TASK, play(FIND, FIND, LIST, LIST, ANSWER), "x")]
+    limit = max(len(t.tokens_T) for t in short)
+    config = with_overrides(Config(), ["iterate.mix.tool_floor=0.5", f"sft.packed_length={limit}", "rollout.context=2048"])
+    run = SimpleNamespace(config=config, out=tmp_path, require=lambda stage: {})
+    monkeypatch.setattr(iterate.sft, "thought", lambda run: iter(recorded))
+    monkeypatch.setattr(iterate.sft, "transcript_rows", lambda run, transcripts: ([], {"too_long": 0}))
+    monkeypatch.setattr(iterate, "load_trajectories", lambda path: [long, *short])
+    rows, facts = iterate._merged_rows(run, 1)
+    assert len(long.tokens_T) > limit and len(rows) == facts["accepted_rows"] == 4 and facts["too_long"] == 1
+    assert facts["calls"] == {"find": {"recorded": 2, "mixed": 6}, "list": {"recorded": 2, "mixed": 2}}
 
 
 def test_calls_are_counted_and_their_entropy_is_that_of_their_shares():

@@ -77,6 +77,18 @@ def test_a_text_that_is_no_json_leaks_by_names_and_numbers_not_by_its_language()
         assert leaks(said, [], Message("assistant"), future) == bool(leaking), said
 
 
+def test_values_leak_out_of_texts_in_json_and_in_other_spellings():
+    future = [Message("tool", '{"note": "Your code is XK-42, the bus leaves from Oslo.", "price": 1250.50, "seats": [1200,7.0]}')]
+    for said, leaking in [
+        ("the code XK-42", 1), ("I go to Oslo", 1), ("it costs $1,250.5", 1), ("1,200 seats", 1), ("row 7", 1),
+        ("your code is the bus", 0), ("12 or 50", 0),
+    ]:  # fmt: skip
+        assert leaks(said, [], Message("assistant"), future) == bool(leaking), said
+    past = [Message("user", "Is it 1,250.50 or [7,200]? And 1200.0?")]
+    assert not leaks("1250.5 and 7 of 1,200", past, Message("assistant"), future)
+    assert not leaks("200 it is", past, Message("assistant"), [Message("tool", "[200]")])
+
+
 ANSWER = "Your order o417 was shipped on Monday, and it will be with you by the end of this week."
 
 
@@ -91,11 +103,13 @@ ANSWER = "Your order o417 was shipped on Monday, and it will be with you by the 
         ("<|im_end|> I answer.", "marks"),
         ("It is gone.", "leak"),
         ("I say: " + ANSWER, "repeated"),
+        ("Short and good.", "repeated"),
         ("it was shipped on Monday, and it will be with you", ""),  # eleven words in a row
     ],
 )
 def test_what_is_wrong_with_reasoning(reasoning, found):
-    messages = [Message("user", "Where is o417?"), Message("assistant", ANSWER), Message("tool", "gone"), Message("tool", '"gone"')]
+    told = reasoning if reasoning.startswith("Short") else ANSWER  # the same, to the word
+    messages = [Message("user", "Where is o417?"), Message("assistant", told), Message("tool", "gone"), Message("tool", '"gone"')]
     most = 8 if found == "long" else 60
     assert problem(reasoning, messages, 1, TeacherConfig(min_words=2, max_words=most)) == found
 
@@ -108,6 +122,8 @@ def test_reasoning_inside_the_text_is_taken_apart_or_reported():
 
     assert one("<think>\nA greeting.\n</think>\n\nHello!") == ("A greeting.", "Hello!", 1, {})
     assert one("A greeting.</think>Hello!") == ("A greeting.", "Hello!", 1, {})
+    reasoning, *rest = one("<think>\n\n</think>\n\nHello!")  # of a model that does not think: its reasoning is written
+    assert reasoning and rest == ["Hello!", 0, {}]
     assert one("Hello <think> A greeting.") == ("", "Hello <think> A greeting.", 0, {"marked_text": 1})
 
 
