@@ -18,7 +18,7 @@ from cacherl_jax.rollout.agent_loop import CallTools, Episode, Inject
 from cacherl_jax.rollout.tool_calls import ToolCalls, make_calls
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import train_tokenizer
-from cacherl_jax.train.grpo import score_groups, write_rollouts
+from cacherl_jax.train.scoring import score_groups, write_rollouts
 from cacherl_jax.trajectory import Source, StopReason
 from cacherl_jax.types import Kind, Message, Observation, Task, Tier, ToolCall, ToolResult, ToolSpec, Transcript
 
