@@ -39,7 +39,6 @@ from cacherl_jax.rollout import runner, stream
 from cacherl_jax.rollout.engine import Engine
 from cacherl_jax.run_directory import RunDirectory, write_json
 from cacherl_jax.stages import inputs, record, sft, think
-from cacherl_jax.tools import registry
 from cacherl_jax.train import grpo
 from cacherl_jax.trajectories.transcripts import read_transcripts
 from cacherl_jax.trajectory import Trajectory

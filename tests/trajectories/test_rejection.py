@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from cacherl_jax.config import Config, MixConfig, RejectionConfig, RolloutConfig, with_overrides
-from cacherl_jax.reward.judge import Verdicts
 from cacherl_jax.rollout.agent_loop import CallTools, Episode, Inject
 from cacherl_jax.stages import iterate
 from cacherl_jax.text import chat
