@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -58,8 +59,9 @@ def ended(children):
     found = []
     for child in children:
         out, err = child.communicate()
-        # Gloo, which joins CPUs, speaks on standard output.
-        found.append((child.returncode, "".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")), err))
+        # Gloo, which joins CPUs, speaks on standard output, from several threads that cut into each other's lines.
+        said = (line for line in out.splitlines(True) if not re.search(r"\[Gloo\]|Rank \d|peer ranks", line))
+        found.append((child.returncode, "".join(line for line in said if line.strip()), err))
     return found
 
 
