@@ -1,4 +1,5 @@
-"""Draws figure.png and writes result.json and table.md from the seeds that are done.
+"""Draws figure.png and writes result.json and table.md from the seeds that are done: those in seeds/, and those of the folders
+that are named, which it keeps there.
 
 Command:  python experiments/live_control/figure.py runs/live_control
 """
@@ -18,22 +19,29 @@ from cacherl_jax.evaluate.intervals import Interval, hierarchical
 from cacherl_jax.run_directory import write_json
 
 HERE = Path(__file__).parent
+SEEDS = HERE / "seeds"
 ARMS = ("sft", "expert_sft", "live", "ours 100", "paper 100", "exact 100", "ours 60", "paper 60", "exact 60")
 COLOURS = {"sft": "#888888", "expert_sft": "#888888", "live": "#222222", "ours": "#1b7837", "paper": "#b2182b", "exact": "#2166ac"}
 WITHOUT_RL = ("sft", "expert_sft")
 DRAWS = 10_000
 
 
-def load(out: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """arm -> seed -> result.json; seeds in which an arm is not done are left out for all."""
-    found: dict[int, dict[str, Any]] = {}
+def collect(out: Path) -> None:
+    """Keeps of every seed in `out` whose arms are all done what the tables need, as seeds/seedN.json."""
     for folder in sorted(out.glob("seed*")):
         paths = {arm: folder / arm / "result.json" for arm in ARMS}
         if all(path.is_file() for path in paths.values()):
-            found[int(folder.name.removeprefix("seed"))] = {arm: json.loads(path.read_text()) for arm, path in paths.items()}
+            facts = {arm: json.loads(path.read_text()) for arm, path in paths.items()}
+            SEEDS.mkdir(exist_ok=True)
+            (SEEDS / f"{folder.name}.json").write_text(json.dumps(facts, separators=(",", ":")) + "\n")
+
+
+def load() -> dict[str, dict[int, dict[str, Any]]]:
+    """arm -> seed -> what its run left."""
+    found = {int(path.stem.removeprefix("seed")): json.loads(path.read_text()) for path in SEEDS.glob("seed*.json")}
     if not found:
-        raise SystemExit(f"no seed in {out} has all of {', '.join(ARMS)}")
-    return {arm: {seed: arms[arm] for seed, arms in found.items()} for arm in ARMS}
+        raise SystemExit(f"no seed has all of {', '.join(ARMS)}")
+    return {arm: {seed: found[seed][arm] for seed in sorted(found)} for arm in ARMS}
 
 
 def values(results: dict[int, dict[str, Any]], what: str, family: str = "") -> list[np.ndarray]:
@@ -62,7 +70,9 @@ def tier_mix(results: dict[int, dict[str, Any]], step: int) -> dict[str, float]:
 
 
 def main() -> None:
-    results = load(Path(sys.argv[1]))
+    for folder in sys.argv[1:]:
+        collect(Path(folder))
+    results = load()
     seeds, families = sorted(results["sft"]), sorted(set(next(iter(results["sft"].values()))["families"]))
     summary: dict[str, Any] = {"seeds": seeds, "test_tasks": len(next(iter(results["sft"].values()))["process"]), "arms": {}}
     for arm in ARMS:
