@@ -25,7 +25,7 @@ READMES = sorted([*ROOT.glob("README*.md"), *(ROOT / "experiments").rglob("READM
 
 # Who may import what of the package, beside its own room. A row names earlier rows only, so imports run one way. Dotted
 # rows are parts that lie below the rest of their room; a room named in a row includes its parts.
-FIRST = {"types", "trajectory", "config", "versions"}
+FIRST = {"types", "trajectory", "config", "versions", "chat_endpoint"}
 SECOND = FIRST | {"interrupts", "processes", "mesh", "metrics", "text", "tools", "cache"}
 THIRD = SECOND | {"model", "data", "trajectories"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trajectory": {"types"},
     "versions": set(),
     "config": set(),
+    "chat_endpoint": {"config", "versions"},
     "sizes": {"config"},
     "presets": {"config", "sizes"},
     "interrupts": FIRST,

@@ -7,7 +7,6 @@ whose value nothing supports. null would not do, since tools return it to say th
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import threading
 from collections import Counter
@@ -16,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cacherl_jax import versions
 from cacherl_jax.cache import tiers
 from cacherl_jax.cache.store import Entry, Recording, SQLiteStore, Store
+from cacherl_jax.chat_endpoint import ChatEndpoint, EndpointError
 from cacherl_jax.config import CacheConfig, ConfigError, SimulatorConfig
 from cacherl_jax.types import Kind, ToolCall, ToolResult, ToolSpec
 
@@ -140,20 +139,15 @@ class Simulator:
     """
 
     def __init__(self, config: SimulatorConfig, side: Store) -> None:
-        openai = versions.require("openai", "teacher")
+        self._endpoint = ChatEndpoint(config)
         model = side.metadata().get("simulator")
         if model not in (None, config.model):
             raise ConfigError(
                 f"cache.simulator.model={config.model!r}: the store of replies holds those of {model!r}; choose another file"
             )
         side.set_metadata("simulator", config.model)
-        self._config, self._side, self._error = config, side, openai.OpenAIError
+        self._config, self._side = config, side
         self._asking: dict[bytes, threading.Lock] = {}  # by key: rollouts of one task ask the same at the same time
-        # Local endpoints want no key, but the client does.
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        self._client = openai.OpenAI(
-            base_url=config.base_url, api_key=key, timeout=config.timeout, max_retries=config.retries
-        )  # fmt: skip
 
     def simulate(self, key: bytes, call: ToolCall, spec: ToolSpec, writes: str, examples: Sequence[Entry]) -> Entry:
         """The stored reply for `key`, or a new one. Raises SimulatorError where the endpoint gives none; nothing is stored then."""
@@ -169,20 +163,12 @@ class Simulator:
         return stored[0]
 
     def _ask(self, messages: Sequence[Mapping[str, str]]) -> str:
-        config = self._config
         try:
-            reply = self._client.chat.completions.create(
-                model=config.model, messages=messages, temperature=0, max_tokens=config.max_tokens
-            )
-            choice = reply.choices[0]
-            content, cut = choice.message.content, choice.finish_reason == "length"
-        except self._error as error:
-            status = getattr(error, "status_code", None)
-            raise SimulatorError(f"HTTP status {status}" if status else type(error).__name__) from error
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise SimulatorError("the reply is no chat completion") from error
+            content, cut = self._endpoint.ask(messages)
+        except EndpointError as error:
+            raise SimulatorError(str(error)) from error
         if cut or not isinstance(content, str) or not content.strip():
-            raise SimulatorError(f"the reply is longer than {config.max_tokens} tokens" if cut else "the reply is empty")
+            raise SimulatorError(f"the reply is longer than {self._config.max_tokens} tokens" if cut else "the reply is empty")
         return content.strip()
 
 

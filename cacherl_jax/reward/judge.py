@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cacherl_jax import processes, versions
+from cacherl_jax import processes
 from cacherl_jax.cache.store import MemoryStore, Recording, SQLiteStore, Store
+from cacherl_jax.chat_endpoint import ChatEndpoint, EndpointError
 from cacherl_jax.config import JudgeConfig, RewardConfig
 from cacherl_jax.reward import rubric
 from cacherl_jax.reward.answer import answered
@@ -54,13 +54,7 @@ class Judge:
     """Grades by the fixed rubric, at most `config.concurrency` answers at a time. Raises MissingExtra without the client."""
 
     def __init__(self, config: JudgeConfig, verdicts: Store) -> None:
-        openai = versions.require("openai", "teacher")
-        self._config, self._verdicts, self._error = config, verdicts, openai.OpenAIError
-        # Local endpoints want no key, but the client does.
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        self._client = openai.OpenAI(
-            base_url=config.base_url, api_key=key, timeout=config.timeout, max_retries=config.retries
-        )  # fmt: skip
+        self._config, self._verdicts, self._endpoint = config, verdicts, ChatEndpoint(config)
 
     def grade(self, episodes: Sequence[tuple[Task, Trajectory]]) -> Verdicts:
         """Verdicts of a batch. What has no answer, or leaked reasoning into it, is 0 and not asked about; what reads the
@@ -97,21 +91,10 @@ class Judge:
 
     def _ask(self, key: bytes, text: str) -> int:
         """The score, its verdict kept under `key`. Raises JudgeError where the endpoint gives none, after its retries."""
-        config = self._config
         try:
-            reply = self._client.chat.completions.create(
-                model=config.model, messages=rubric.messages(text), temperature=0, max_tokens=config.max_tokens,
-                response_format=rubric.RESPONSE_FORMAT,
-            )  # fmt: skip
-            content = reply.choices[0].message.content
-        except self._error as error:
-            status = getattr(error, "status_code", None)
-            raise JudgeError(f"HTTP status {status}" if status else type(error).__name__) from error
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise JudgeError("the reply is no chat completion") from error
-        try:
+            content, _ = self._endpoint.ask(rubric.messages(text), response_format=rubric.RESPONSE_FORMAT)
             verdict = rubric.read_verdict(content or "")
-        except ValueError as error:
+        except (EndpointError, ValueError) as error:
             raise JudgeError(str(error)) from error
         kept = ToolResult(json.dumps(verdict))
         self._verdicts.add(Recording(key, "judge", "{}", "", kept, kind=Kind.SIMULATED))  # at once: it has been paid for
