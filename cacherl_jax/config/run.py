@@ -138,15 +138,17 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def load_config(path: str | Path) -> Config:
-    """Runs a preset file and returns its `get_config()`; a .json file is read as written by `Config.to_json`."""
+    """Runs a preset file and returns its `get_config()`. A .json file is read as written by `Config.to_json`, or as a run's
+    run.json, which holds it beside versions."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
     if path.suffix == ".json":
         try:
-            return Config.from_json(json.loads(path.read_text()))
+            data = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ConfigError(f"config file {path} is no JSON: {error}") from error
+        return Config.from_json(data["config"] if isinstance(data, dict) and "versions" in data else data)
     get_config = runpy.run_path(str(path)).get("get_config")
     if get_config is None:
         raise ConfigError(f"{path} defines no get_config()")

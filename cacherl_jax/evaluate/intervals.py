@@ -32,7 +32,7 @@ def wilson(successes: float, n: int) -> Interval:
     p = successes / n
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n)) / (1 + Z95**2 / n)
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
+    return Interval(p, max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p)), n)  # rounding may leave p outside
 
 
 def bootstrap_mean(values: Sequence[float], *, seed: int = 0, draws: int = 10_000) -> Interval:

@@ -25,10 +25,11 @@ from cacherl_jax.types import Task
 def tasks_at(tasks: Sequence[Task], position: int, count: int, seed: int) -> list[Task]:
     """`count` tasks from a position in the order on: epochs of permutations of all tasks, so that resuming needs the position
     alone."""
-    chosen = []
-    for at in range(position, position + count):
-        epoch, index = divmod(at, len(tasks))
-        chosen.append(tasks[np.random.default_rng((seed, epoch)).permutation(len(tasks))[index]])
+    chosen: list[Task] = []
+    while len(chosen) < count:
+        epoch, index = divmod(position + len(chosen), len(tasks))
+        order = np.random.default_rng((seed, epoch)).permutation(len(tasks))
+        chosen += [tasks[i] for i in order[index : index + count - len(chosen)]]
     return chosen
 
 

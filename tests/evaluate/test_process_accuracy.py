@@ -65,8 +65,9 @@ def test_evaluation_groups_by_family_and_worst_tier():
 
 
 def test_wilson_against_scipy():
-    for successes, n in ((81, 263), (15, 148), (0, 20), (29, 29)):
+    for successes, n in ((81, 263), (15, 148), (0, 20), (0, 24), (25, 25), (29, 29)):
         interval = wilson(successes, n)
+        assert interval.low <= interval.mean <= interval.high
         expected = stats.binomtest(successes, n).proportion_ci(method="wilson")
         assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
