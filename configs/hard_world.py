@@ -5,7 +5,7 @@ Cost:     about 1,000 CPU-seconds and 1.5 GB on a laptop, no network
 Expect:   process accuracy about 0.48 after SFT, 0.70 after GRPO, 0.73 of the expert's clone; see experiments/live_control/
 """
 
-from cacherl_jax.config import Config, DataConfig, GrpoConfig, OptimizerConfig, SftConfig, TokenizerConfig
+from cacherl_jax.config import Config, DataConfig, GrpoConfig, MemoryConfig, OptimizerConfig, SftConfig, TokenizerConfig
 
 
 def get_config() -> Config:
@@ -19,6 +19,7 @@ def get_config() -> Config:
             families=("no_call", "chain3", "chain4", "write_then_read", "error_recovery", "choose"),
         ),
         tokenizer=TokenizerConfig(vocab_size=1100),
+        memory=MemoryConfig(remat="dots"),  # writing every residual takes a CPU longer than computing some of them again
         sft=SftConfig(steps=900, optimizer=OptimizerConfig(learning_rate=4.5e-3, adam_learning_rate=3e-3)),
         grpo=GrpoConfig(
             steps=24,

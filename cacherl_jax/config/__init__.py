@@ -10,6 +10,7 @@ from cacherl_jax.config.model import LoraConfig, MemoryConfig, MeshConfig, Model
 from cacherl_jax.config.reward import JudgeConfig, RewardConfig
 from cacherl_jax.config.rollout import MIN_TURN, EvalConfig, RolloutConfig
 from cacherl_jax.config.run import Config, load_config, with_overrides
+from cacherl_jax.config.smoke import smoke
 from cacherl_jax.config.teacher import TEACHER_PARTS, TeacherConfig
 from cacherl_jax.config.training import OptimizerConfig, SftConfig
 
@@ -43,5 +44,6 @@ __all__ = [
     "WatchConfig",
     "YarnConfig",
     "load_config",
+    "smoke",
     "with_overrides",
 ]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cacherl_jax import metrics
-from cacherl_jax.config import Config, load_config, with_overrides
+from cacherl_jax.config import Config, load_config, smoke, with_overrides
 from cacherl_jax.evaluate.intervals import hierarchical_difference
 from cacherl_jax.run_directory import RunDirectory, write_json
 from cacherl_jax.stages import eval, grpo, inputs, iterate, record, sft, think
@@ -71,12 +72,6 @@ ROWS = {
 }
 HERE_RUN = ("grpo", "tier", "exact", "reasoning")
 DATA_LEFT = 1.5 / 44.449
-SMOKE = [
-    "data.train_tasks=20", "data.validation_tasks=2", "data.test_tasks=6", "tokenizer.vocab_size=680", "model.hidden_size=32",
-    "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16", "model.intermediate_size=48",
-    "sft.steps=2", "grpo.steps=1", "grpo.prompts=2", "grpo.group=3", "rollout.rows=8", "rollout.max_turn_tokens=24",
-    "rollout.max_sampled_tokens=60", "eval.bootstrap=100", "iterate.rejection.tasks=10",
-]  # fmt: skip
 
 
 def policies_of(name: str) -> tuple[str, str]:
@@ -85,8 +80,8 @@ def policies_of(name: str) -> tuple[str, str]:
     return row.removed or f"{name}:grpo", row.full
 
 
-def config_of(variant: str, seed: int, smoke: bool) -> Config:
-    config = with_overrides(world(), [f"seed={seed}", *(SMOKE if smoke else [])])
+def config_of(variant: str, seed: int, small: bool) -> Config:
+    config = with_overrides(smoke(world()) if small else world(), [f"seed={seed}"])
     if variant == "data":
         fewer = max(1, round(config.data.train_tasks * DATA_LEFT))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_tasks=fewer))
@@ -112,7 +107,30 @@ def unthought(run: RunDirectory, thoughts: Thoughts) -> list[Transcript]:
     return shown
 
 
-def train(run: RunDirectory, variant: str, progress: metrics.ProgressFactory) -> dict[str, list[float]]:
+def clone(run: RunDirectory, thoughts: Thoughts, full: RunDirectory, progress: metrics.ProgressFactory) -> None:
+    """SFT of a variant. That of the full system is copied where both learn from the same transcripts in the same way, which
+    its result and settings say; only what serves or weighs answers may differ."""
+    if thoughts != "all":
+        sft.clone(run, "sft", lambda: sft.transcript_rows(run, unthought(run, thoughts)), progress)
+        return
+    learns = [part for part in inputs.SFT if part != "cache"]
+    same = all(full.config.to_json()[part.split(".")[0]] == run.config.to_json()[part.split(".")[0]] for part in learns)
+    if full.out != run.out and same and full.done("sft") is not None and transcripts_of(full) == transcripts_of(run):
+
+        def copy(folder: Path) -> dict[str, Any]:
+            shutil.copytree(full.out / "sft" / "checkpoints", folder / "checkpoints", dirs_exist_ok=True)
+            return full.require("sft")
+
+        run.run("sft", inputs.SFT, copy)
+    else:
+        sft.clone(run, "sft", lambda: sft.transcript_rows(run, sft.thought(run)), progress)
+
+
+def transcripts_of(run: RunDirectory) -> bytes:
+    return (run.out / "think" / "transcripts.jsonl").read_bytes()
+
+
+def train(run: RunDirectory, variant: str, full: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, list[float]]:
     """All stages of a variant; each policy's process accuracy on the test tasks, task by task, with live tools."""
     if variant == "rounds":
         iterate.iterate(run, progress)
@@ -121,13 +139,9 @@ def train(run: RunDirectory, variant: str, progress: metrics.ProgressFactory) ->
         thoughts = ROWS[variant].thoughts if variant in ROWS else "all"
         record.record(run, progress)
         think.think(run, progress)
-
-        def rows() -> Any:
-            return sft.transcript_rows(run, sft.thought(run) if thoughts == "all" else unthought(run, thoughts))
-
-        sft.clone(run, "sft", rows, progress)
+        clone(run, thoughts, full, progress)
         grpo.reinforce(run, progress)
-        played = {"sft": "sft", "grpo": "grpo"}
+        played = {"sft": "sft", "grpo": "grpo"} if variant == "full" else {"grpo": "grpo"}
         run.run("eval", (*inputs.GRPO, "eval"), partial(eval.play, run, policies=played, progress=progress))
         folder, names = run.out / "eval", played
     tasks, specs = inputs.load_tasks(run, "test"), inputs.load_specs(run)
@@ -202,9 +216,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     variants = list(dict.fromkeys(policy.split(":")[0] for name in args.rows for policy in policies_of(name)))
     right: dict[str, list[list[float]]] = {}
     for seed in seeds:
+        full = RunDirectory(args.out / f"seed{seed}" / "full", config_of("full", seed, args.smoke))
         for variant in variants:
             run = RunDirectory(args.out / f"seed{seed}" / variant, config_of(variant, seed, args.smoke))
-            for policy, values in train(run, variant, metrics.progress_factory(enabled=not args.smoke)).items():
+            for policy, values in train(run, variant, full, metrics.progress_factory(enabled=not args.smoke)).items():
                 right.setdefault(f"{variant}:{policy}", []).append(values)
     folders = [folder for seed in seeds for folder in (args.out / f"seed{seed}").iterdir()]
     spent = sum(sum(RunDirectory(folder, world()).cpu_seconds().values()) for folder in folders)  # other rows' as well

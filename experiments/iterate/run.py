@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cacherl_jax import metrics
-from cacherl_jax.config import Config, load_config, with_overrides
+from cacherl_jax.config import Config, load_config, smoke, with_overrides
 from cacherl_jax.run_directory import RunDirectory, write_json
 from cacherl_jax.stages import iterate
 from cacherl_jax.versions import require
@@ -34,19 +34,14 @@ ROUNDS = {
         "iterate.mix.repeats=3",
     ],
 }  # fmt: skip
-SMOKE = [
-    "data.train_tasks=20", "data.validation_tasks=2", "data.test_tasks=6", "tokenizer.vocab_size=680", "model.hidden_size=32",
-    "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16", "model.intermediate_size=48",
-    "sft.steps=2", "grpo.steps=1", "grpo.prompts=2", "grpo.group=3", "rollout.rows=8", "rollout.max_turn_tokens=24",
-    "rollout.max_sampled_tokens=60", "iterate.rejection.tasks=10", "iterate.rounds=1",
-]  # fmt: skip
 
 
-def configs(sgd: Path | None, smoke: bool) -> dict[str, Config]:
-    chosen = {"demo": [*ROUNDS["demo"], *(SMOKE if smoke else [])]}
-    if sgd is not None and not smoke:
+def configs(sgd: Path | None, small: bool) -> dict[str, Config]:
+    chosen = {"demo": ROUNDS["demo"]}
+    if sgd is not None and not small:
         chosen["sgd_small"] = [*ROUNDS["sgd_small"], f"data.path={sgd}"]
-    return {name: with_overrides(load_config(CONFIGS / f"{name}.py"), sets) for name, sets in chosen.items()}
+    whole = {name: with_overrides(load_config(CONFIGS / f"{name}.py"), sets) for name, sets in chosen.items()}
+    return {name: smoke(config) for name, config in whole.items()} if small else whole
 
 
 def table(results: dict[str, Any]) -> str:

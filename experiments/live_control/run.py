@@ -30,7 +30,7 @@ from cacherl_jax.cache.imports import describe
 from cacherl_jax.cache.lookup import CachedTools, recordings
 from cacherl_jax.cache.snapshot import snapshot_id
 from cacherl_jax.cache.store import SQLiteStore
-from cacherl_jax.config import PAPER_CACHE, CacheConfig, Config, TokenizerConfig, load_config
+from cacherl_jax.config import PAPER_CACHE, CacheConfig, Config, load_config, smoke
 from cacherl_jax.corpus import live_tools
 from cacherl_jax.evaluate.process_accuracy import process_accuracy
 from cacherl_jax.model import qwen3
@@ -77,19 +77,6 @@ ARMS = {
 
 def world(seed: int) -> Config:
     return replace(load_config(ROOT / "configs" / "hard_world.py"), seed=seed)
-
-
-def smoke(config: Config) -> Config:
-    """The same in seconds: nothing is learnt."""
-    return replace(
-        config,
-        data=replace(config.data, train_tasks=30, validation_tasks=2, test_tasks=8),
-        tokenizer=TokenizerConfig(vocab_size=680),
-        model=replace(config.model, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48),
-        sft=replace(config.sft, steps=4),
-        rollout=replace(config.rollout, rows=8, max_turn_tokens=24, max_sampled_tokens=60),
-        grpo=replace(config.grpo, steps=2, prompts=2, group=2, validate_every=2),
-    )
 
 
 class Seed:

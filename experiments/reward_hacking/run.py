@@ -22,8 +22,17 @@ from random_groups import mean_advantages
 from cacherl_jax import metrics
 from cacherl_jax.cache.lookup import CachedTools, record_transcript
 from cacherl_jax.cache.store import MemoryStore
-from cacherl_jax.config import PAPER_CACHE, Config, GrpoConfig, ModelConfig, OptimizerConfig, RolloutConfig, SftConfig
-from cacherl_jax.config.reward import RewardConfig
+from cacherl_jax.config import (
+    PAPER_CACHE,
+    Config,
+    GrpoConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RolloutConfig,
+    SftConfig,
+    smoke,
+)
 from cacherl_jax.evaluate import process_accuracy
 from cacherl_jax.model import qwen3
 from cacherl_jax.reward import monitor
@@ -54,7 +63,7 @@ class Size:
 FULL, SMOKE = Size(2000, 50, 300, 10_000), Size(24, 4, 6, 200)
 
 
-def configuration(seed: int, smoke: bool) -> Config:
+def configuration(seed: int, small: bool) -> Config:
     config = Config(
         name="reward_hacking",
         seed=seed,
@@ -68,21 +77,13 @@ def configuration(seed: int, smoke: bool) -> Config:
             validate_every=40, optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_steps=2, schedule="constant"),
         ),
     )  # fmt: skip
-    if not smoke:
-        return config
-    return dataclasses.replace(
-        config,
-        model=ModelConfig(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48),
-        sft=SftConfig(steps=2, tokens_per_batch=512, packed_length=128, optimizer=OptimizerConfig(name="adamw")),
-        rollout=dataclasses.replace(config.rollout, rows=8, max_turn_tokens=12, max_sampled_tokens=24),
-        grpo=dataclasses.replace(config.grpo, steps=2, prompts=2, group=2, validate_every=2, tokens_per_batch=512),
-    )
+    return smoke(config) if small else config
 
 
 class Seed:
     """One seed's world, tokenizer and SFT model, and a policy trained from it for each arm."""
 
-    def __init__(self, out: Path, seed: int, size: Size, smoke: bool) -> None:
+    def __init__(self, out: Path, seed: int, size: Size, small: bool) -> None:
         self.out, self.seed = out / f"seed{seed}", seed
         self.progress = metrics.progress_factory(True)
         self.tasks = {
@@ -91,7 +92,7 @@ class Seed:
         }
         transcripts = world.recorded(self.tasks["train"], AGENTS, seed)
         self.tok = _tokenizer(transcripts)
-        config = configuration(seed, smoke)
+        config = configuration(seed, small)
         model = dataclasses.replace(config.model, vocab_size=self.tok.vocab_size)
         self.config = dataclasses.replace(config, model=model)
         _refuse_other(self.out / "settings.json", {"config": self.config.to_json(), "size": dataclasses.asdict(size)})
