@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs run here for milliseconds and are compiled for seconds: they need not be fast. Child processes get both.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 import jax
 import numpy as np

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from test_stages import arguments
 
 from cacherl_jax import adapter_folder, checkpoint, cli, mesh, metrics
 from cacherl_jax.config import Config, LoraConfig, ModelConfig, OptimizerConfig, SftConfig
@@ -19,19 +20,12 @@ from cacherl_jax.data.pipeline import Row
 from cacherl_jax.model import lora, qwen3
 from cacherl_jax.train import sft
 
-SMALL = {
-    "data.train_tasks": 10, "data.validation_tasks": 2, "data.test_tasks": 2, "tokenizer.vocab_size": 680,
-    "model.hidden_size": 32, "model.num_layers": 2, "model.num_heads": 2, "model.num_kv_heads": 1, "model.head_dim": 16,
-    "model.intermediate_size": 48, "sft.steps": 2, "grpo.steps": 2, "grpo.prompts": 2, "grpo.group": 3,
-    "grpo.validate_every": 9, "rollout.rows": 8, "rollout.max_turn_tokens": 24, "rollout.max_sampled_tokens": 40,
+CHANGES = {
+    "data.train_tasks": 10, "data.validation_tasks": 2, "data.test_tasks": 2, "sft.steps": 2, "grpo.steps": 2,
+    "sft.packed_length": 0, "grpo.packed_length": 0,  # an episode a row, bucketed by length
     "sft.lora.rank": 4, "sft.lora.alpha": 8.0, "grpo.lora.rank": 2, "grpo.lora.matrices": ["query", "down"],
-    "grpo.optimizer.warmup_steps": 0,
+    "grpo.validate_every": 9, "grpo.optimizer.warmup_steps": 0,
 }  # fmt: skip
-
-
-def cacherl(*arguments):
-    status = cli.main([*map(str, arguments), "--json"])
-    assert status == 0
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +33,7 @@ def run(tmp_path_factory):
     """record, think, sft and grpo, both of the last with an adapter."""
     out = tmp_path_factory.mktemp("runs") / "adapters"
     for verb in ("record", "think", "sft", "grpo"):
-        cacherl(verb, "--out", out, *(f"--set={name}={json.dumps(value)}" for name, value in SMALL.items()))
+        assert cli.main(arguments(verb, out, **CHANGES)) == 0
     return out
 
 
@@ -77,8 +71,9 @@ def test_in_grpo_the_reference_is_the_policy_without_its_adapter(run):
 
 
 def test_the_adapter_is_exported_for_peft_with_the_kl_of_merging_it(run, tmp_path, capsys):
-    cacherl("convert", "--from", run / "sft", "--to-hf", tmp_path / "exact", "--adapter")
-    cacherl("convert", "--from", run / "grpo", "--to-hf", tmp_path / "half", "--adapter", "--dtype", "bfloat16")
+    for stage, name, more in (("sft", "exact", ()), ("grpo", "half", ("--dtype", "bfloat16"))):
+        words = ["convert", "--from", str(run / stage), "--to-hf", str(tmp_path / name), "--adapter", "--json", *more]
+        assert cli.main(words) == 0
     measured = {name: json.loads((tmp_path / name / "merge.json").read_text()) for name in ("exact", "half")}
     assert measured["exact"]["kl_mean"] < 1e-12 < measured["half"]["kl_mean"] < measured["half"]["kl_max"] < 0.1
     assert measured["exact"]["tokens"] == sum(map(len, json.loads((run / "sft" / "adapter.json").read_text())["rows"]))
@@ -214,7 +209,7 @@ def test_eight_devices_train_an_adapter_as_one_does():
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), merged, merged_1)
             assert losses[-1] < losses[0]
     """
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

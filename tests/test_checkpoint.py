@@ -149,7 +149,7 @@ def test_eight_devices_write_what_others_read(tmp_path):
         read = model_folder.reader(folder / "muon", config)
         np.testing.assert_array_equal(read("up_DF", 1), np.asarray(qwen3.to_dict(state.model)["layers"]["up_DF"])[1])
     """
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
+    environment = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -15,19 +15,17 @@ import jax
 import numpy as np
 import pytest
 
-from cacherl_jax import checkpoint, cli
+from cacherl_jax import checkpoint, cli, processes
 from cacherl_jax.cache.store import Recording, SQLiteStore
+from cacherl_jax.config import Config, smoke
 from cacherl_jax.reward import monitor
 from cacherl_jax.rollout import stream
 from cacherl_jax.train import groups, grpo
 from cacherl_jax.types import Task, ToolResult
 
-SMALL = {
-    "data.train_tasks": 30, "data.validation_tasks": 4, "data.test_tasks": 12, "tokenizer.vocab_size": 680,
-    "model.hidden_size": 32, "model.num_layers": 2, "model.num_heads": 2, "model.num_kv_heads": 1, "model.head_dim": 16,
-    "model.intermediate_size": 48, "sft.steps": 6, "sft.checkpoint_every": 2, "grpo.steps": 3, "grpo.prompts": 2,
-    "grpo.group": 3, "grpo.checkpoint_every": 1, "grpo.validate_every": 2, "rollout.rows": 8, "rollout.max_turn_tokens": 24,
-    "rollout.max_sampled_tokens": 60,
+SIZES, DEFAULTS = (processes.flat(config.to_json()) for config in (smoke(Config()), Config()))
+SMALL = {name: value for name, value in SIZES.items() if value != DEFAULTS[name]} | {
+    "data.train_tasks": 30, "data.validation_tasks": 4, "data.test_tasks": 12, "sft.steps": 6, "grpo.steps": 3,
 }  # fmt: skip
 
 
@@ -91,6 +89,8 @@ def test_a_finished_run_is_not_run_again(finished, capsys):
     before = (finished / "grpo" / "metrics.jsonl").stat().st_mtime_ns
     status, out, _ = cacherl(capsys, *arguments("demo", finished))
     assert status == 0 and json.loads(out)["name"] == "demo"
+    kept = cacherl(capsys, "record", "--out", str(finished), "--config", str(finished / "run.json"), "--json")
+    assert kept[0] == 0, kept[2]  # by the configuration that the run itself has written
     assert (finished / "grpo" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
@@ -156,8 +156,7 @@ def test_a_run_on_eight_devices(tmp_path):
         "mesh.data": 2, "mesh.fsdp": 2, "mesh.tp": 2, "model.num_kv_heads": 2, "sft.steps": 2, "grpo.steps": 1,
         "grpo.minibatches": 2, "grpo.ratio": "sequence", "grpo.importance": "sequence", "grpo.aggregation": "sequence_mean",
     }  # fmt: skip
-    # Most of the time goes to compiling programs that run once: they need not be fast.
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "cacherl_jax.cli", *arguments("demo", tmp_path, **sets)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -240,7 +240,10 @@ except ConfigError as error:
 
 
 def test_on_eight_devices_arrays_are_born_sharded_and_each_part_is_read_once():
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+    }
     done = subprocess.run([sys.executable, "-c", EIGHT], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "all as expected\n", done.stderr[-3000:]
 

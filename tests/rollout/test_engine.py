@@ -162,7 +162,7 @@ placed = engine.place(model)
 text = engine._decode.lower(placed, state, np.zeros((12, 7), np.int32), np.float32(1)).compile().as_text()
 print(json.dumps([sampled, shape, placed.layers.query_DA[...].sharding.shard_shape((2, 32, 64)), text]))
 """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     sampled, cache, query, compiled = json.loads(done.stdout)
