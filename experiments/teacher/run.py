@@ -28,7 +28,7 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TESTS = HERE.parents[1] / "tests" / "trajectories"
+TESTS = HERE.parents[1] / "tests"
 FAILURES = 0.05
 REASONING = json.dumps({"reasoning": "The user wants to know where it is, so I look it up by its name."})
 CORPORA = {

@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from endpoint_server import Act, Server
 
 from cacherl_jax.cache.best_effort import Simulator
 from cacherl_jax.cache.lookup import CachedTools, record_transcript
@@ -87,56 +85,14 @@ def test_rare_fields_are_left_out_and_other_forms_outvoted():
 # ---- simulator ----
 
 
-class Endpoint:
-    """A chat-completions server on this machine. `replies`: texts, HTTP statuses or seconds to stall, taken in turn."""
+def endpoint_of(*replies):
+    """`replies`: texts or what else the server is to do, taken in turn, the last for ever."""
+    left = list(replies)
+    return Server(lambda body: left.pop(0) if len(left) > 1 else left[0])
 
-    def __init__(self, *replies):
-        self.replies, self.requests = list(replies), []
-        endpoint = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                endpoint.requests.append((self.path, body))
-                reply = endpoint.replies.pop(0) if len(endpoint.replies) > 1 else endpoint.replies[0]
-                if isinstance(reply, float):
-                    time.sleep(reply)
-                    reply = 500
-                status, text = (reply, "{}") if isinstance(reply, int) else (200, reply)
-                if status == 200 and not text.startswith("<raw>"):
-                    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-                    if text.startswith("<cut>"):
-                        choice["finish_reason"] = "length"
-                    text = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
-                payload = text.removeprefix("<raw>").encode()
-                try:
-                    self.send_response(status)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(payload)))
-                    self.send_header("Retry-After-Ms", "1")
-                    self.end_headers()
-                    self.wfile.write(payload)
-                except OSError:
-                    pass  # the client gave up, as it should
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
+def failing(status):
+    return Act(status=status, headers={"Retry-After-Ms": "1"})
 
 
 RECORDED = [({"city": "Oslo", "day": "monday"}, {"sky": "wet"}), ({"city": "Rome", "day": "friday"}, {"sky": "dry"})]
@@ -152,7 +108,7 @@ ASKED = ToolCall.of("find", city="Rome", day="sunday")
 
 
 def test_a_simulated_reply_is_kept_and_never_called_recorded(tmp_path):
-    with Endpoint('```json\n{"sky": "grey"}\n```', '{"sky": "other"}') as endpoint:
+    with endpoint_of('```json\n{"sky": "grey"}\n```', '{"sky": "other"}') as endpoint:
         for _ in range(2):  # the second time from the file alone
             with SQLiteStore(tmp_path / "side.sqlite", mode="rw") as side:
                 cache = simulated(endpoint, side)
@@ -167,15 +123,15 @@ def test_a_simulated_reply_is_kept_and_never_called_recorded(tmp_path):
                 (entry,) = side.entries()
                 assert entry.kind is Kind.SIMULATED and entry.hash == answer.entry
         assert cache.start(TASK, 0).execute(ToolCall.of("find", city="Oslo", day="monday"), 0).kind is Kind.RECORDED
-        ((path, body),) = endpoint.requests
-    assert path == "/v1/chat/completions" and (body["model"], body["temperature"]) == ("m", 0)
+        (body,) = endpoint.requests
+    assert endpoint.paths == ["/v1/chat/completions"] and (body["model"], body["temperature"]) == ("m", 0)
     prompt = body["messages"][-1]["content"]
     assert "The tool find." in prompt and prompt.endswith(f"The call:\n{ASKED.arguments}\nIts result:")
     assert prompt.index('{"sky": "wet"}') < prompt.index('{"sky": "dry"}')  # the nearest stored call comes last
 
 
 def test_rollouts_that_ask_the_same_at_once_get_one_reply():
-    with Endpoint('{"sky": "grey"}', *['{"sky": "other"}'] * 7) as endpoint, ThreadPoolExecutor(8) as pool:
+    with endpoint_of('{"sky": "grey"}', *['{"sky": "other"}'] * 7) as endpoint, ThreadPoolExecutor(8) as pool:
         cache = simulated(endpoint, MemoryStore())
         assert cache.blocking
         answers = list(pool.map(lambda sample: cache.start(TASK, sample).execute(ASKED, 0), range(8)))
@@ -183,7 +139,7 @@ def test_rollouts_that_ask_the_same_at_once_get_one_reply():
 
 
 def test_a_busy_endpoint_is_asked_again():
-    with Endpoint(500, 429, '{"sky": "grey"}') as endpoint:
+    with endpoint_of(failing(500), failing(429), '{"sky": "grey"}') as endpoint:
         answer = simulated(endpoint, MemoryStore()).start(TASK, 0).execute(ASKED, 0)
     assert answer.result.content == '{"sky": "grey"}' and len(endpoint.requests) == 3
 
@@ -191,19 +147,19 @@ def test_a_busy_endpoint_is_asked_again():
 @pytest.mark.parametrize(
     ("reply", "problem", "fields"),
     [
-        (500, "HTTP status 500", {"retries": 1}),
-        (401, "HTTP status 401", {}),
-        (0.6, "APITimeoutError", {"timeout": 0.1, "retries": 0}),
-        ("<raw>{}", "the reply is no chat completion", {}),
-        ("<raw>busy", "the reply is no chat completion", {}),
+        (failing(500), "HTTP status 500", {"retries": 1}),
+        (failing(401), "HTTP status 401", {}),
+        (Act("{}", seconds=0.6), "APITimeoutError", {"timeout": 0.1, "retries": 0}),
+        (Act(raw="{}"), "the reply is no chat completion", {}),
+        (Act(raw="busy"), "the reply is no chat completion", {}),
         ("  ", "the reply is empty", {}),
-        ("<cut>{", "the reply is longer than 1024 tokens", {}),
+        (Act("{", finish="length"), "the reply is longer than 1024 tokens", {}),
         ("It is grey.", "the reply is not JSON", {}),
     ],
 )
 def test_a_failing_endpoint_becomes_the_miss(reply, problem, fields):
     side = MemoryStore()
-    with Endpoint(reply) as endpoint:
+    with endpoint_of(reply) as endpoint:
         cache = simulated(endpoint, side, **fields)
         answer = cache.start(TASK, 0).execute(ASKED, 0)
     assert (answer.tier, answer.kind, answer.result.error) == (Tier.MISS, Kind.SIMULATED, "cache_miss")
@@ -212,7 +168,7 @@ def test_a_failing_endpoint_becomes_the_miss(reply, problem, fields):
 
 
 def test_text_tools_get_text_and_an_absent_endpoint_is_a_miss():
-    with Endpoint("It is grey.") as endpoint:
+    with endpoint_of("It is grey.") as endpoint:
         cache = simulated(endpoint, MemoryStore(), recorded=[({"city": "Oslo"}, "It is wet.")], retries=0)
         assert cache.start(TASK, 0).execute(ASKED, 0).result.content == "It is grey."
     answer = cache.start(TASK, 0).execute(ToolCall.of("find", city="Bern"), 0)
@@ -221,7 +177,7 @@ def test_text_tools_get_text_and_an_absent_endpoint_is_a_miss():
 
 def test_replies_of_another_model_are_not_mixed():
     side = MemoryStore()
-    with Endpoint("{}") as endpoint:
+    with endpoint_of("{}") as endpoint:
         simulated(endpoint, side)
         with pytest.raises(ConfigError, match="holds those of 'm'"):
             Simulator(SimulatorConfig(base_url=endpoint.url, model="n"), side)

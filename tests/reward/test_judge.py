@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import threading
-import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from endpoint_server import Act, Server
 
 from cacherl_jax.cache.store import MemoryStore
 from cacherl_jax.config import Config, JudgeConfig, RewardConfig, with_overrides
@@ -21,57 +19,20 @@ from cacherl_jax.types import Kind, Message, Observation, Task, Tier, ToolCall, 
 pytest.importorskip("openai", reason="the extra 'teacher' is not installed")
 
 
-class Endpoint:
-    """Grades an answer by the text `replies` has for it, a status where that is a number, "5" with a stall otherwise."""
+class Endpoint(Server):
+    """Grades an answer by the text `replies` has for it, the next at each try; fails with the status where that is a number."""
 
     def __init__(self, replies=None):
-        self.replies, self.bodies, self.asked, self.busy, self.most = replies or {}, [], Counter(), 0, 0
-        endpoint, lock = self, threading.Lock()
+        super().__init__(self._grade)
+        self.replies, self.asked = replies or {}, Counter()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                answer = json.loads(body["messages"][-1]["content"])["answer"]
-                with lock:
-                    endpoint.bodies.append(body)
-                    turn = endpoint.asked[answer]
-                    endpoint.asked[answer] += 1
-                    endpoint.busy += 1
-                    endpoint.most = max(endpoint.most, endpoint.busy)
-                time.sleep(0.02)
-                replies = endpoint.replies.get(answer, [verdict(5)])
-                reply = replies[min(turn, len(replies) - 1)]
-                status, text = (reply, "") if isinstance(reply, int) else (200, reply)
-                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-                whole = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-                payload = json.dumps(whole if status == 200 else {}).encode()
-                with lock:
-                    endpoint.busy -= 1
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(payload)))
-                self.send_header("Retry-After-Ms", "1")
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
+    def _grade(self, body):
+        answer = json.loads(body["messages"][-1]["content"])["answer"]
+        replies = self.replies.get(answer, [verdict(5)])
+        reply = replies[min(self.asked[answer], len(replies) - 1)]
+        self.asked[answer] += 1
+        failed = isinstance(reply, int)
+        return Act("" if failed else reply, reply if failed else 200, {"Retry-After-Ms": "1"}, seconds=0.02)
 
 
 def verdict(score, **more):
@@ -102,7 +63,7 @@ def test_a_verdict_is_asked_for_once_even_by_a_run_that_goes_on(tmp_path):
         assert again.rewards == [0.6, 1.0, 1.0] and again.asked == 1 and sum(endpoint.asked.values()) == 6
         other = dataclasses.replace(config, judge=dataclasses.replace(config.judge, model="n"))
         assert grade(open_judge(other, tmp_path / "a" / "verdicts.sqlite"), "blue").asked == 1  # another judge, another verdict
-        body = endpoint.bodies[0]
+        body = endpoint.requests[0]
     assert open_judge(RewardConfig(), tmp_path / "none") is None
     assert (body["model"], body["temperature"]) == ("m", 0) and body["messages"][0]["content"] == rubric.RUBRIC
     assert body["response_format"]["json_schema"]["schema"] == rubric.VERDICT
@@ -115,13 +76,13 @@ def test_what_has_no_answer_to_grade_is_worth_nothing_and_not_asked_about():
     with Endpoint() as endpoint:
         judge = Judge(JudgeConfig(endpoint.url, "m"), MemoryStore())
         made = grade(judge, episode("blue", leaked=True), episode("blue", StopReason.TURN_CAP), " ")
-    assert made.rewards == [0.0, 0.0, 0.0] and made.asked == 0 and not endpoint.bodies
+    assert made.rewards == [0.0, 0.0, 0.0] and made.asked == 0 and not endpoint.requests
 
 
 def test_no_more_answers_are_graded_at_a_time_than_allowed():
     with Endpoint() as endpoint:
         made = grade(Judge(JudgeConfig(endpoint.url, "m", concurrency=3), MemoryStore()), *(f"answer {i}" for i in range(15)))
-    assert made.rewards == [1.0] * 15 and endpoint.most == 3
+    assert made.rewards == [1.0] * 15 and endpoint.most_at_once == 3
 
 
 def test_a_failing_judge_is_counted_and_the_facts_stand_in():

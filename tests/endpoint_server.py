@@ -1,4 +1,5 @@
-"""A chat-completions server on this machine, quick and as ill-behaved as it is told. Also used by experiments/teacher.
+"""A chat-completions server on this machine, quick and as ill-behaved as it is told: what teacher, judge and simulator ask in
+the tests. Also used by experiments/teacher.
 
 `Server(answer)` calls `answer(body)` for each request and does what it returns: a text (the assistant's content) or an `Act`.
 Run as a program it serves alone: see experiments/teacher/run.py.
@@ -32,10 +33,12 @@ class Act:
 
 
 class Server:
-    """requests: bodies in the order they came. served: how often each idempotency key got a completion, to its last byte."""
+    """requests: bodies in the order they came; paths: where to. served: how often each idempotency key got a completion, to its
+    last byte."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], str | Act], port: int = 0) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.paths: list[str] = []
         self.served: Counter[str] = Counter()
         self.most_at_once = self._now = 0
         self._answer, self._port, self._ready = answer, port, threading.Event()
@@ -83,6 +86,7 @@ class Server:
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
         body = json.loads(await reader.readexactly(int(headers["content-length"])))
         self.requests.append(body)
+        self.paths.append(head[0].split()[1])
         self._now += 1
         self.most_at_once = max(self.most_at_once, self._now)
         try:
