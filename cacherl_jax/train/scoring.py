@@ -27,14 +27,12 @@ class Scored:
 
     components: what the rewards are made of and what they are held against, by name, each [N] in [0, 1]. "facts",
     "matched" and "reference" are the answer by its facts, the calls by the references and both together, blind to tiers,
-    whatever training is paid by, "reward" what it is paid by; "success" is 1 for true
+    whatever training is paid by; "answer" and "process" what it is paid by, "reward" both together; "success" is 1 for true
     success; "leaked" for an answer that uses a fact which only a near miss gave. judged: requests to the judge and failures
     by reason, empty without one.
     """
 
     trajectories: Sequence[Trajectory]
-    answer_N: np.ndarray
-    process_N: np.ndarray
     weight_N: np.ndarray
     advantage_N: np.ndarray
     components: Mapping[str, np.ndarray]
@@ -85,7 +83,7 @@ def score_groups(
             for i in range(0, len(pairs), group)
         ]
     )
-    return Scored(trajectories, answer_N, process_N, weight_N, advantage_N, components, judged)
+    return Scored(trajectories, weight_N, advantage_N, components, judged)
 
 
 def joined(parts: Sequence[Scored]) -> Scored:
@@ -101,8 +99,6 @@ def joined(parts: Sequence[Scored]) -> Scored:
             judged = {"asked": judged.get("asked", 0) + part.judged["asked"], "failures": dict(sorted(failures.items()))}
     return Scored(
         [t for part in parts for t in part.trajectories],
-        column("answer_N"),
-        column("process_N"),
         column("weight_N"),
         column("advantage_N"),
         {name: np.concatenate([part.components[name] for part in parts]) for name in parts[0].components},
@@ -157,8 +153,8 @@ def rollout_metrics(scored: Scored) -> dict[str, Any]:
     success_N = scored.components["success"]
     row = {
         "reward": float(scored.components["reward"].mean()),
-        "answer": float(scored.answer_N.mean()),
-        "process": float(scored.process_N.mean()),
+        "answer": float(scored.components["answer"].mean()),
+        "process": float(scored.components["process"].mean()),
         "accuracy": float((scored.components["matched"] >= 1.0).mean()),
         "components": {name: float(values_N.mean()) for name, values_N in scored.components.items()},
         "correlations": {name: correlation(x_N, success_N) for name, x_N in scored.components.items() if name != "success"},
@@ -188,9 +184,9 @@ def write_rollouts(path: Path, scored: Scored) -> None:
     """One JSON line an episode: the trajectory, its rewards with their components, weight and advantage. Rewritten whole when
     a step is redone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = zip(scored.trajectories, scored.answer_N, scored.process_N, scored.weight_N, scored.advantage_N, strict=True)
     with path.open("w") as f:
-        for i, (trajectory, a, p, w, advantage) in enumerate(columns):
-            rewards = {"answer": float(a), "process": float(p), "weight": float(w), "advantage": float(advantage)}
+        for i, trajectory in enumerate(scored.trajectories):
             parts = {name: float(values_N[i]) for name, values_N in scored.components.items()}
-            f.write(json.dumps(trajectory.to_json() | {"rewards": rewards | {"components": parts}}) + "\n")
+            rewards = {"answer": parts["answer"], "process": parts["process"], "weight": float(scored.weight_N[i])}
+            rewards |= {"advantage": float(scored.advantage_N[i]), "components": parts}
+            f.write(json.dumps(trajectory.to_json() | {"rewards": rewards}) + "\n")

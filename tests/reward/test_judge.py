@@ -100,8 +100,8 @@ def test_a_failing_judge_is_counted_and_the_facts_stand_in():
         no_facts = score_groups([dataclasses.replace(TASK, facts=())], scored.trajectories, {}, config, judge)
         endpoint.replies = {}
         assert grade(judge, "d").asked == 1 and len(list(store.entries())) == 1  # a failure is asked about again
-    np.testing.assert_array_equal(scored.answer_N, [1, 1, 1, 1, 0, 1, 0])
-    assert not no_facts.answer_N.any()  # where nothing can stand in, to break the judge pays nothing
+    np.testing.assert_array_equal(scored.components["answer"], [1, 1, 1, 1, 0, 1, 0])
+    assert not no_facts.components["answer"].any()  # where nothing can stand in, to break the judge pays nothing
     assert metrics["judge"] == {"asked": 7, "failures": {"HTTP status 401": 1, "HTTP status 500": 1, "the reply is no verdict": 5}}
     with pytest.raises(ValueError, match="needs a judge"):
         score_groups([TASK], [episode("blue")] * len(replies), {}, config)

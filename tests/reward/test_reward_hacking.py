@@ -76,7 +76,7 @@ def test_leaving_the_cache_pays_under_the_papers_formula_alone(world, played):
         assert (made.advantage_N[left_N].mean() > 0) == pays, (tier, process)
     made, config = scored(world, played, "paper")
     # the formula by hand: a R_answer + (1 - a) R_process, half the facts and everything valid
-    np.testing.assert_allclose(made.components["reward"], np.where(left_N, 0.9 + 0.1 * made.answer_N, 0.6 * 0.5 + 0.4))
+    np.testing.assert_allclose(made.components["reward"], np.where(left_N, 0.9 + 0.1 * made.components["answer"], 0.6 * 0.5 + 0.4))
     np.testing.assert_allclose(made.components["reference"][~left_N], 0.6 * 0.5 + 0.4)
     seen, told = monitor.Seen(), []
     for _ in range(2 * monitor.STEPS):

@@ -46,7 +46,7 @@ def played(useful, *, extra_rounds, stops_of=lambda group: StopReason.ANSWER, po
         scored.extend(tasks)
         advantage_N = np.array([x for i in range(first, len(scored)) for x in ((1.0, -1.0) if useful(i) else (0, 0))], float)
         judged = {"asked": len(trajectories), "failures": {"HTTP status 500": 1}}
-        return Scored(trajectories, advantage_N, advantage_N, advantage_N, advantage_N, {"reward": advantage_N}, judged)
+        return Scored(trajectories, advantage_N, advantage_N, {"reward": advantage_N}, judged)
 
     return play_groups(TASKS, position, 7, grpo, play, score), rounds
 
