@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,6 +75,23 @@ def gather(value: Any) -> list[Any]:
     (longest,) = agree([len(text)])
     sent = np.frombuffer(text.tobytes().ljust(longest), np.uint8)
     return [json.loads(part.tobytes()) for part in np.asarray(multihost_utils.process_allgather(sent))]
+
+
+def of_first(what: str, body: Callable[[], Any]) -> Any:
+    """The JSON value that `body()` has in the first process, which alone runs it, in all of them. An exception leaves the
+    first as it is; the others, which would wait for ever, raise ConfigError naming `what`."""
+    value, raised = None, None
+    if is_first():
+        try:
+            value = body()
+        except BaseException as error:
+            raised = error
+    (failed, value), *_ = gather([raised is not None, value])
+    if raised is not None:
+        raise raised
+    if failed:
+        raise ConfigError(f"{what} failed in the first process, which says why")
+    return value
 
 
 def refuse_differences(values: Mapping[str, Any]) -> None:

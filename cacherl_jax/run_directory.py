@@ -106,16 +106,11 @@ class RunDirectory:
         return result
 
     def _alone(self, stage: str, body: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        failed = True
-        try:
-            if processes.is_first():
-                with self._cpu_time(stage):
-                    write_json(self.out / stage / "done.json", body(self.out / stage))
-            failed = False
-        finally:
-            (failed,) = processes.agree([failed])  # the others wait here
-        if failed:
-            raise ConfigError(f"stage {stage!r} failed in the first process, which says why")
+        def first() -> None:
+            with self._cpu_time(stage):
+                write_json(self.out / stage / "done.json", body(self.out / stage))
+
+        processes.of_first(f"stage {stage!r}", first)
         return self.require(stage)
 
     def cpu_seconds(self) -> dict[str, float]:

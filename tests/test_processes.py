@@ -32,6 +32,17 @@ def prepared(tmp_path_factory):
 
 def start(out, verb, processes, *, devices, signals=None, **changes):
     """The processes of one command; signals: what a process does to itself, by its number."""
+
+    def words(index):
+        program = f"{SIGNALLED}{(signals or {}).get(index, '')}\ncli.command()"
+        more = CHANGES | changes.get(f"process_{index}", {})
+        return [program, *arguments(verb, out, **more), *["--distributed"] * (processes > 1)]
+
+    return launch(words, processes, devices)
+
+
+def launch(words, processes, devices):
+    """Python processes that know each other; words: the program of each, and its arguments."""
     programs = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
@@ -42,12 +53,10 @@ def start(out, verb, processes, *, devices, signals=None, **changes):
         address = f"127.0.0.1:{s.getsockname()[1]}"
     children = []
     for index in range(processes):
-        program = f"{SIGNALLED}{(signals or {}).get(index, '')}\ncli.command()"
-        words = [*arguments(verb, out, **(CHANGES | changes.get(f"process_{index}", {}))), *["--distributed"] * (processes > 1)]
         names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
         children.append(
             subprocess.Popen(
-                [sys.executable, "-c", program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                [sys.executable, "-c", *words(index)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                 env=os.environ | programs | names,
             )
         )  # fmt: skip
@@ -92,6 +101,18 @@ def test_two_processes_train_as_one_and_survive_what_happens_to_one_of_them(prep
     (one,), (two,) = losses(alone, "sft"), losses(both, "sft")
     # Gloo adds the devices' parts of the loss in another order.
     assert one.pop("loss") == pytest.approx(two.pop("loss"), rel=1e-6) and one == two
+
+
+def test_what_fails_in_the_first_process_ends_the_others_too():
+    program = """
+from cacherl_jax import processes
+processes.start()
+assert processes.of_first("the first", lambda: [processes.index()]) == [0]
+processes.of_first("the judge", lambda: 1 / 0)
+"""
+    (first, _, why), (other, _, said) = ended(launch(lambda index: [program], 2, 1))
+    assert first and other and "ZeroDivisionError" in why, why[-3000:]
+    assert "ConfigError: the judge failed in the first process, which says why" in said, said[-3000:]
 
 
 def test_processes_that_were_not_started_alike_are_refused(tmp_path):

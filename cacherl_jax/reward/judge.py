@@ -59,8 +59,7 @@ class Judge:
     def grade(self, episodes: Sequence[tuple[Task, Trajectory]]) -> Verdicts:
         """Verdicts of a batch. What has no answer, or leaked reasoning into it, is 0 and not asked about; what reads the
         same is asked about once. Of several processes the first asks, so that all are paid alike."""
-        graded = self._grade(episodes) if processes.is_first() else None
-        (rewards, asked, failures), *_ = processes.gather(graded)
+        rewards, asked, failures = processes.of_first("the judge", lambda: self._grade(episodes))
         return Verdicts(rewards, asked, failures)
 
     def _grade(self, episodes: Sequence[tuple[Task, Trajectory]]) -> tuple[list[float | None], int, dict[str, int]]:
