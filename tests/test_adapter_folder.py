@@ -22,7 +22,6 @@ from cacherl_jax.train import sft
 
 CHANGES = {
     "data.train_tasks": 10, "data.validation_tasks": 2, "data.test_tasks": 2, "sft.steps": 2, "grpo.steps": 2,
-    "sft.packed_length": 0, "grpo.packed_length": 0,  # an episode a row, bucketed by length
     "sft.lora.rank": 4, "sft.lora.alpha": 8.0, "grpo.lora.rank": 2, "grpo.lora.matrices": ["query", "down"],
     "grpo.validate_every": 9, "grpo.optimizer.warmup_steps": 0,
 }  # fmt: skip

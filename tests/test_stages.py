@@ -17,14 +17,15 @@ import pytest
 
 from cacherl_jax import checkpoint, cli, processes
 from cacherl_jax.cache.store import Recording, SQLiteStore
-from cacherl_jax.config import Config, smoke
+from cacherl_jax.config import load_config, smoke
 from cacherl_jax.reward import monitor
 from cacherl_jax.rollout import stream
 from cacherl_jax.train import groups, grpo
 from cacherl_jax.types import Task, ToolResult
 
-SIZES, DEFAULTS = (processes.flat(config.to_json()) for config in (smoke(Config()), Config()))
-SMALL = {name: value for name, value in SIZES.items() if value != DEFAULTS[name]} | {
+DEMO = load_config(cli.DEFAULT_CONFIG)
+SIZES = processes.flat(smoke(DEMO).to_json())
+SMALL = {name: SIZES[name] for name, value in processes.flat(DEMO.to_json()).items() if value != SIZES[name]} | {
     "data.train_tasks": 30, "data.validation_tasks": 4, "data.test_tasks": 12, "sft.steps": 6, "grpo.steps": 3,
 }  # fmt: skip
 

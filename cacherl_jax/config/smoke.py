@@ -16,7 +16,7 @@ def smoke(config: Config) -> Config:
     """
     return replace(
         config,
-        data=replace(config.data, train_tasks=20, validation_tasks=2, test_tasks=8),
+        data=replace(config.data, train_tasks=20, validation_tasks=2, test_tasks=6),
         tokenizer=TokenizerConfig(vocab_size=680),
         model=replace(config.model, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48),
         sft=replace(config.sft, steps=4, checkpoint_every=2, packed_length=config.rollout.context),

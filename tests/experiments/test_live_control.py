@@ -20,7 +20,7 @@ def test_arms_share_tasks_and_weights_and_only_the_live_one_calls_tools(tmp_path
     results = {arm: json.loads((tmp_path / "seed0" / arm / "result.json").read_text()) for arm in ("sft", "live", "ours 60")}
     live, cached = results["live"], results["ours 60"]
     assert cached["live_calls_of_rl"] == 0
-    assert live["rollouts"] == cached["rollouts"] == 8
+    assert live["rollouts"] == cached["rollouts"] == 12
     assert results["sft"]["recorded_episodes"] == 4 * module["SAMPLES"]
     assert len({len(r["process"]) for r in results.values()}) == 1
     assert live["steps"][0]["sampled_tokens"] > 0 and len(live["steps"]) == len(cached["steps"]) == 2
