@@ -2,7 +2,7 @@
 
 Command:  python experiments/live_control/run.py --seeds 0 1 2 3 4 --out runs/live_control
           python experiments/live_control/figure.py runs/live_control
-Cost:     about 40 CPU-minutes a seed; Ctrl-C is safe, the same command goes on; seeds may run in processes of their own
+Cost:     about 48 CPU-minutes a seed; Ctrl-C is safe, the same command goes on; seeds may run in processes of their own
 
 A seed: SFT on the demonstrators' transcripts of the hard world. Its policy plays the tasks of GRPO with live tools, which is
 recorded together with the demonstrators' calls. From this store the arms train, all from the same weights, on the same tasks, with
