@@ -108,22 +108,21 @@ def unthought(run: RunDirectory, thoughts: Thoughts) -> list[Transcript]:
 
 
 def clone(run: RunDirectory, thoughts: Thoughts, full: RunDirectory, progress: metrics.ProgressFactory) -> None:
-    """SFT of a variant. That of the full system is copied where both learn from the same transcripts in the same way, which
-    its result and settings say; only what serves or weighs answers may differ."""
-    if thoughts != "all":
-        sft.clone(run, "sft", lambda: sft.transcript_rows(run, unthought(run, thoughts)), progress)
-        return
-    learns = [part for part in inputs.SFT if part != "cache"]
-    same = all(full.config.to_json()[part.split(".")[0]] == run.config.to_json()[part.split(".")[0]] for part in learns)
-    if full.out != run.out and same and full.done("sft") is not None and transcripts_of(full) == transcripts_of(run):
+    """SFT of a variant. That of the full system is copied where nothing differs but what serves or weighs answers."""
+    alike = dataclasses.replace(run.config, cache=full.config.cache, grpo=full.config.grpo) == full.config
+    shared = full.out != run.out and thoughts == "all" and alike and full.done("sft") is not None
 
-        def copy(folder: Path) -> dict[str, Any]:
-            shutil.copytree(full.out / "sft" / "checkpoints", folder / "checkpoints", dirs_exist_ok=True)
-            return full.require("sft")
+    def copy(folder: Path) -> dict[str, Any]:
+        shutil.copytree(full.out / "sft" / "checkpoints", folder / "checkpoints", dirs_exist_ok=True)
+        return full.require("sft")
 
+    def rows() -> Any:
+        return sft.transcript_rows(run, sft.thought(run) if thoughts == "all" else unthought(run, thoughts))
+
+    if shared and transcripts_of(full) == transcripts_of(run):
         run.run("sft", inputs.SFT, copy)
     else:
-        sft.clone(run, "sft", lambda: sft.transcript_rows(run, sft.thought(run)), progress)
+        sft.clone(run, "sft", rows, progress)
 
 
 def transcripts_of(run: RunDirectory) -> bytes:
