@@ -212,11 +212,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds: a tiny model that learns nothing, one seed")
     args = parser.parse_args(argv)
     seeds = args.seeds[:1] if args.smoke else args.seeds
-    variants = list(dict.fromkeys(policy.split(":")[0] for name in args.rows for policy in policies_of(name)))
+    variants = {policy.split(":")[0] for name in args.rows for policy in policies_of(name)}
     right: dict[str, list[list[float]]] = {}
     for seed in seeds:
         full = RunDirectory(args.out / f"seed{seed}" / "full", config_of("full", seed, args.smoke))
-        for variant in variants:
+        for variant in sorted(variants, key=["full", *ROWS, "rounds"].index):  # the full system first, whose SFT others copy
             run = RunDirectory(args.out / f"seed{seed}" / variant, config_of(variant, seed, args.smoke))
             for policy, values in train(run, variant, full, metrics.progress_factory(enabled=not args.smoke)).items():
                 right.setdefault(f"{variant}:{policy}", []).append(values)

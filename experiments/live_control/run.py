@@ -1,8 +1,10 @@
 """The control that the paper lacks: one policy, trained by GRPO with live tools, and from caches of its own recorded calls.
 
 Command:  python experiments/live_control/run.py --seeds 0 1 2 3 4 --out runs/live_control
+          python experiments/live_control/run.py --seeds 1 2 3 4 --answers-only --out runs/live_control
           python experiments/live_control/figure.py runs/live_control
-Cost:     about 48 CPU-minutes a seed; Ctrl-C is safe, the same command goes on; seeds may run in processes of their own
+Cost:     about 48 CPU-minutes a seed, 22 more of --answers-only; Ctrl-C is safe, the same command goes on; seeds may run in
+          processes of their own
 
 A seed: SFT on the demonstrators' transcripts of the hard world. Its policy plays the tasks of GRPO with live tools, which is
 recorded together with the demonstrators' calls. From this store the arms train, all from the same weights, on the same tasks, with
@@ -30,7 +32,7 @@ from cacherl_jax.cache.imports import describe
 from cacherl_jax.cache.lookup import CachedTools, recordings
 from cacherl_jax.cache.snapshot import snapshot_id
 from cacherl_jax.cache.store import SQLiteStore
-from cacherl_jax.config import PAPER_CACHE, CacheConfig, Config, load_config, smoke
+from cacherl_jax.config import PAPER_CACHE, CacheConfig, Config, GrpoConfig, load_config, smoke
 from cacherl_jax.corpus import live_tools
 from cacherl_jax.evaluate.process_accuracy import process_accuracy
 from cacherl_jax.model import qwen3
@@ -52,10 +54,12 @@ EVALUATED = 0  # the sample of an evaluation's draws; greedy anyway
 
 @dataclass(frozen=True)
 class Arm:
-    """What answers the calls of GRPO: live tools (cache None) or a store that holds `coverage` of the initial policy's calls."""
+    """What answers the calls of GRPO: live tools (cache None) or a store that holds `coverage` of the initial policy's calls; and
+    what the process, which needs no true results, weighs beside the answer."""
 
     cache: CacheConfig | None
     coverage: float = 1.0
+    process_weight: float = GrpoConfig().process_weight
 
     @property
     def tools(self) -> str:
@@ -73,6 +77,8 @@ ARMS = {
     "paper 60": Arm(PAPER_CACHE, 0.6),
     "exact 60": Arm(EXACT, 0.6),
 }
+# Paid by answers alone, a cache has more to lose.
+ANSWERS_ONLY = {f"{name} answers": replace(ARMS[name], process_weight=0.0) for name in ("live", "ours 60", "paper 60", "exact 60")}
 
 
 def world(seed: int) -> Config:
@@ -148,7 +154,8 @@ class Seed:
         if (folder / "result.json").is_file():
             return
         start = time.process_time()
-        config = replace(self.config, grpo=replace(self.config.grpo, tools=arm.tools), cache=arm.cache or self.config.cache)
+        weighed = replace(self.config.grpo, tools=arm.tools, process_weight=arm.process_weight)
+        config = replace(self.config, grpo=weighed, cache=arm.cache or self.config.cache)
         facts: dict[str, Any] = {}
         tools: ToolProvider | None = live_tools(config, "train")
         if arm.cache is not None:
@@ -246,7 +253,8 @@ PROGRESS = metrics.progress_factory(enabled=os.isatty(2))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS | ANSWERS_ONLY), default=list(ARMS))
+    parser.add_argument("--answers-only", dest="arms", action="store_const", const=list(ANSWERS_ONLY), help="those arms")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--smoke", action="store_true", help="a model that learns nothing, in seconds")
     args = parser.parse_args()
@@ -255,7 +263,7 @@ def main() -> None:
         seed = Seed(args.out / f"seed{number}", config)
         seed.without_rl()
         for name in args.arms:
-            seed.arm(name, ARMS[name])
+            seed.arm(name, (ARMS | ANSWERS_ONLY)[name])
             facts = json.loads((seed.out / name / "result.json").read_text())
             print(f"seed {number}, {name}: {sum(facts['process']) / len(facts['process']):.3f}", flush=True)
 

@@ -14,20 +14,21 @@ FOLDER = Path(__file__).parents[2] / "experiments" / "live_control"
 
 
 def test_arms_share_tasks_and_weights_and_only_the_live_one_calls_tools(tmp_path, monkeypatch, capsys):
-    command = ["run.py", "--smoke", "--seeds", "0", "--out", str(tmp_path), "--arms", "live", "ours 60"]
+    arms = ("live", "ours 60 answers")
+    command = ["run.py", "--smoke", "--seeds", "0", "--out", str(tmp_path), "--arms", *arms]
     monkeypatch.setattr(sys, "argv", command)
     module = runpy.run_path(str(FOLDER / "run.py"), run_name="__main__")
-    results = {arm: json.loads((tmp_path / "seed0" / arm / "result.json").read_text()) for arm in ("sft", "live", "ours 60")}
-    live, cached = results["live"], results["ours 60"]
+    results = {arm: json.loads((tmp_path / "seed0" / arm / "result.json").read_text()) for arm in ("sft", *arms)}
+    live, cached = (results[arm] for arm in arms)
     assert cached["live_calls_of_rl"] == 0
     assert live["rollouts"] == cached["rollouts"] == 12
     assert results["sft"]["recorded_episodes"] == 4 * module["SAMPLES"]
     assert len({len(r["process"]) for r in results.values()}) == 1
     assert live["steps"][0]["sampled_tokens"] > 0 and len(live["steps"]) == len(cached["steps"]) == 2
+    # It answers nothing, and its process is half right: only where the process is paid does that count.
+    assert live["steps"][0]["reward"] > 0 == cached["steps"][0]["reward"]
     # All arms begin with the same weights and draws: until a tool answers otherwise, they say the same.
-    first = [
-        (tmp_path / "seed0" / arm / "grpo" / "rollouts" / "00000.jsonl").read_text().splitlines() for arm in ("live", "ours 60")
-    ]
+    first = [(tmp_path / "seed0" / arm / "grpo" / "rollouts" / "00000.jsonl").read_text().splitlines() for arm in arms]
     turns = [[json.loads(line)["tokens"][:100] for line in lines] for lines in first]
     assert turns[0] == turns[1]
     before = capsys.readouterr().out
