@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from cacherl_jax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "seq", "tp")
+AUTO = (AxisType.Auto,) * len(AXES)
 ROWS = ("data", "fsdp")  # the axes that split rows
 SHARDED = ("fsdp", "seq")  # the axes that split parameters along the hidden size
 TOKENS_BT = P(ROWS, "seq")
@@ -50,10 +51,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if len(slices) != config.slices:
         raise ConfigError(f"mesh.slices={config.slices}, but the devices are of {len(slices)} slices")
     if config.slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        return jax.make_mesh(sizes, AXES, axis_types=AUTO, devices=devices)
     within = (config.data // config.slices, *sizes[1:])
     hybrid = mesh_utils.create_hybrid_device_mesh(within, (config.slices, 1, 1, 1), devices)
-    return Mesh(hybrid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(hybrid, AXES, axis_types=AUTO)
 
 
 def parameter_sharding(mesh: Mesh, shape: Sequence[int], logical: Sequence[str], name: str) -> NamedSharding:
@@ -83,7 +84,7 @@ def rollout_mesh(mesh: Mesh, tp: int) -> Mesh:
         raise ConfigError(f"rollout.tp={tp} does not divide the {own} devices of a process")
     # Not by jax.make_mesh: where links matter it orders devices anew, and those of one tp group may lie on two hosts.
     by_host = sorted(devices, key=lambda d: (d.process_index, d.id))
-    return Mesh(np.array(by_host).reshape(-1, 1, 1, tp), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(np.array(by_host).reshape(-1, 1, 1, tp), AXES, axis_types=AUTO)
 
 
 def row_ways(mesh: Mesh) -> int:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import tqdm
 
+from cacherl_jax.whole_files import write_lines
+
 Progress = tqdm.tqdm
 
 
@@ -79,9 +81,7 @@ class MetricsWriter:
         self._file = None
         if not writes:
             return
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.kept))
-        temporary.replace(path)
+        write_lines(path, self.kept)
         self._file = path.open("a")
 
     def __enter__(self) -> MetricsWriter:

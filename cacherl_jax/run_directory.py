@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,23 +22,7 @@ from typing import Any
 
 from cacherl_jax import processes, versions
 from cacherl_jax.config import Config, ConfigError
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomic: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")  # in ASCII: a problem may quote half a surrogate pair
-    os.replace(temporary, path)
-
-
-def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """JSON Lines in ASCII, a line a row. Atomic, as `write_json`."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w") as f:
-        for row in rows:
-            f.write(json.dumps(row) + "\n")  # JSON can spell halves of surrogate pairs, UTF-8 cannot
-    os.replace(temporary, path)
+from cacherl_jax.whole_files import write_json
 
 
 class RunDirectory:

@@ -25,13 +25,14 @@ READMES = sorted([*ROOT.glob("README*.md"), *(ROOT / "experiments").rglob("READM
 
 # Who may import what of the package, beside its own room. A row names earlier rows only, so imports run one way. Dotted
 # rows are parts that lie below the rest of their room; a room named in a row includes its parts.
-FIRST = {"types", "trajectory", "config", "versions", "chat_endpoint"}
+FIRST = {"types", "trajectory", "config", "versions", "whole_files", "chat_endpoint"}
 SECOND = FIRST | {"interrupts", "processes", "mesh", "metrics", "text", "tools", "cache"}
 THIRD = SECOND | {"model", "data", "trajectories"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "trajectory": {"types"},
     "versions": set(),
+    "whole_files": set(),
     "config": set(),
     "chat_endpoint": {"config", "versions"},
     "sizes": {"config"},

@@ -11,7 +11,7 @@ from cacherl_jax import corpus as corpora
 from cacherl_jax import metrics, processes
 from cacherl_jax.evaluate import coverage, intervals, process_accuracy
 from cacherl_jax.rollout import runner
-from cacherl_jax.run_directory import RunDirectory, write_lines
+from cacherl_jax.run_directory import RunDirectory
 from cacherl_jax.stages.inputs import (
     EVAL_SAMPLE,
     GRPO,
@@ -27,6 +27,7 @@ from cacherl_jax.stages.inputs import (
     open_engine,
 )
 from cacherl_jax.types import Task, ToolProvider, ToolSpec
+from cacherl_jax.whole_files import write_lines
 
 
 def evaluate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from cacherl_jax.evaluate import intervals, process_accuracy, rounds
 from cacherl_jax.reward import answer
 from cacherl_jax.reward.judge import open_judge
 from cacherl_jax.rollout import runner, stream
-from cacherl_jax.run_directory import RunDirectory, write_json, write_lines
+from cacherl_jax.run_directory import RunDirectory
 from cacherl_jax.stages import eval, grpo, record, sft, think
 from cacherl_jax.stages.inputs import (
     GRPO,
@@ -56,6 +56,7 @@ from cacherl_jax.trajectories import rejection
 from cacherl_jax.trajectories.transcripts import write_transcripts
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task, ToolSpec
+from cacherl_jax.whole_files import write_json, write_lines
 
 DRAWS = 1  # third of the numbers that seed a round's draws: steps of GRPO are seeded by two
 

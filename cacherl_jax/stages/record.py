@@ -13,7 +13,7 @@ from cacherl_jax.cache.imports import describe
 from cacherl_jax.cache.lookup import record_transcript
 from cacherl_jax.cache.snapshot import snapshot_id
 from cacherl_jax.cache.store import SQLiteStore
-from cacherl_jax.run_directory import RunDirectory, write_json, write_lines
+from cacherl_jax.run_directory import RunDirectory
 from cacherl_jax.stages.inputs import (
     RECORD,
     SPLITS,
@@ -21,6 +21,7 @@ from cacherl_jax.stages.inputs import (
 )
 from cacherl_jax.tools.registry import specs_to_json
 from cacherl_jax.trajectories.transcripts import write_transcripts
+from cacherl_jax.whole_files import write_json, write_lines
 
 
 def record(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any]:

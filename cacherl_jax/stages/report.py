@@ -8,7 +8,7 @@ from typing import Any
 from cacherl_jax import metrics, processes
 from cacherl_jax.evaluate import process_accuracy, report
 from cacherl_jax.reward import answer, process
-from cacherl_jax.run_directory import RunDirectory, write_json
+from cacherl_jax.run_directory import RunDirectory
 from cacherl_jax.stages.inputs import (
     POLICIES,
     load_specs,
@@ -19,6 +19,7 @@ from cacherl_jax.stages.inputs import (
 from cacherl_jax.train import scoring
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task, ToolSpec
+from cacherl_jax.whole_files import write_json
 
 
 def summarise(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, Any]:

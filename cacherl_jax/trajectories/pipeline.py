@@ -26,8 +26,8 @@ from cacherl_jax.trajectories.paid import Halt, PaidModel, Purse, Replies, Teach
 from cacherl_jax.trajectories.prompts import Request
 from cacherl_jax.trajectories.teacher import LanguageTeacher, Model, ScriptedTeacher, Teacher
 from cacherl_jax.trajectories.thinking import ThinkingReport, Thought, add_thinking, classifies
-from cacherl_jax.trajectories.transcripts import whole_lines
 from cacherl_jax.types import ToolSpec, Transcript
+from cacherl_jax.whole_files import whole_lines
 
 OPEN_MESSAGES = 4  # a request on its way: those that are prepared, wait for their turn or for another try
 OPEN_TRANSCRIPTS = 256  # that are done or being done before the first of them is

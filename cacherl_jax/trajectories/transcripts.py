@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from cacherl_jax.types import Transcript
+from cacherl_jax.whole_files import whole_lines
 
 
 def read_transcripts(path: Path) -> tuple[list[Transcript], list[str]]:
@@ -35,14 +33,3 @@ def write_transcripts(path: Path, transcripts: Iterable[Transcript]) -> int:
             write(transcript.to_json())
             count += 1
     return count
-
-
-@contextlib.contextmanager
-def whole_lines(path: Path) -> Iterator[Callable[[Any], None]]:
-    """Takes the rows of a JSON Lines file one by one. The file appears when all are there; after an error it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as f:
-        # In ASCII: JSON can spell halves of surrogate pairs, UTF-8 cannot.
-        yield lambda row: print(json.dumps(row), file=f)
-    os.replace(temporary, path)

@@ -102,7 +102,7 @@ def _play(
     from cacherl_jax.rollout import runner
     from cacherl_jax.rollout.engine import Engine
     from cacherl_jax.rollout.stream import TrajectoryStream, read_stream
-    from cacherl_jax.run_directory import write_lines
+    from cacherl_jax.whole_files import write_lines
 
     engine = Engine.of_run(config, tok.stop_ids)
     path = folder / f"streamed.{jax.process_index()}.jsonl"

@@ -27,11 +27,12 @@ import numpy as np
 from cacherl_jax import metrics
 from cacherl_jax.config import Config, load_config, smoke, with_overrides
 from cacherl_jax.evaluate.intervals import hierarchical_difference
-from cacherl_jax.run_directory import RunDirectory, write_json
+from cacherl_jax.run_directory import RunDirectory
 from cacherl_jax.stages import eval, grpo, inputs, iterate, record, sft, think
 from cacherl_jax.trajectories.transcripts import read_transcripts
 from cacherl_jax.types import Transcript
 from cacherl_jax.versions import require
+from cacherl_jax.whole_files import write_json
 
 HERE = Path(__file__).parent
 PAPER_FULL = 0.779  # validation reward, which is another metric than ours: relative changes are compared

@@ -20,9 +20,10 @@ import numpy as np
 
 from cacherl_jax import metrics
 from cacherl_jax.config import Config, load_config, smoke, with_overrides
-from cacherl_jax.run_directory import RunDirectory, write_json
+from cacherl_jax.run_directory import RunDirectory
 from cacherl_jax.stages import iterate
 from cacherl_jax.versions import require
+from cacherl_jax.whole_files import write_json
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs"

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from cacherl_jax.evaluate.intervals import Interval, hierarchical
-from cacherl_jax.run_directory import write_json
+from cacherl_jax.whole_files import write_json
 
 HERE = Path(__file__).parent
 SEEDS = HERE / "seeds"

@@ -39,12 +39,13 @@ from cacherl_jax.model import qwen3
 from cacherl_jax.reward.answer import answer_reward
 from cacherl_jax.rollout import runner, stream
 from cacherl_jax.rollout.engine import Engine
-from cacherl_jax.run_directory import RunDirectory, write_json
+from cacherl_jax.run_directory import RunDirectory
 from cacherl_jax.stages import inputs, record, sft, think
 from cacherl_jax.train import grpo
 from cacherl_jax.trajectories.transcripts import read_transcripts
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Message, Task, Tier, ToolCall, ToolProvider, ToolSpec, Transcript
+from cacherl_jax.whole_files import write_json
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = 4  # episodes of the initial policy that are recorded of each task

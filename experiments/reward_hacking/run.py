@@ -38,12 +38,12 @@ from cacherl_jax.model import qwen3
 from cacherl_jax.reward import monitor
 from cacherl_jax.rollout import runner
 from cacherl_jax.rollout.engine import Engine
-from cacherl_jax.run_directory import write_json
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import Tokenizer, train_tokenizer
 from cacherl_jax.train import grpo, sft
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task
+from cacherl_jax.whole_files import write_json
 
 # How tiers count. All three pay the paper's process reward, which does not know what was asked.
 ARMS = ("paper", "none", "calibrated")
