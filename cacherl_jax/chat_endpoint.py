@@ -11,7 +11,15 @@ from cacherl_jax.config import EndpointConfig
 
 
 class EndpointError(Exception):
-    """The endpoint gave no reply, after its retries; the message says why in a few words."""
+    """The endpoint gave no reply, after its retries; the message says why in a few words. status: of HTTP, 0 without one."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class EndpointUnusable(Exception):
+    """An endpoint that a run cannot do without is of no use to it; the message says why, and what to do."""
 
 
 class ChatEndpoint:
@@ -37,7 +45,7 @@ class ChatEndpoint:
             choice = reply.choices[0]
             return choice.message.content, choice.finish_reason == "length"
         except self._error as error:
-            status = getattr(error, "status_code", None)
-            raise EndpointError(f"HTTP status {status}" if status else type(error).__name__) from error
+            status = getattr(error, "status_code", 0)
+            raise EndpointError(f"HTTP status {status}" if status else type(error).__name__, status) from error
         except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise EndpointError("the reply is no chat completion") from error

@@ -56,10 +56,11 @@ def _first(args: argparse.Namespace) -> bool:
 
 def _run_errors() -> tuple[type[Exception], ...]:
     from cacherl_jax.cache.store import StoreError
+    from cacherl_jax.chat_endpoint import EndpointUnusable
     from cacherl_jax.trajectories.paid import TeacherStopped
     from cacherl_jax.versions import MissingExtra
 
-    return (StoreError, MissingExtra, FileNotFoundError, TeacherStopped, plan.CompilerError)
+    return (StoreError, MissingExtra, FileNotFoundError, TeacherStopped, EndpointUnusable, plan.CompilerError)
 
 
 def _parser() -> argparse.ArgumentParser:

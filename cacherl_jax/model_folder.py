@@ -4,7 +4,8 @@
     DIR/checkpoints/0/  the weights, as a stage's checkpoints hold them: checkpoint.restore_model reads them onto any mesh
     DIR/tokenizer/      tokenizer.json and the rest of the original, byte for byte: config.json, chat template, ...
 
-A stage has `checkpoints` too; its ModelConfig stands in settings.json, its tokenizer in the stage `think` beside it.
+A stage has `checkpoints` too; its ModelConfig stands in settings.json, its tokenizer in the stage `think` beside it or, of a
+round's stage, beside the round.
 """
 
 from __future__ import annotations
@@ -55,8 +56,13 @@ def is_converted(folder: Path) -> bool:
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """Where the tokenizer of a converted model or of a stage is."""
-    return folder / "tokenizer" if is_converted(folder) else folder.parent / "think" / "tokenizer"
+    """Where the tokenizer of a converted model or of a stage is. Raises ConfigError when a stage has none beside it."""
+    if is_converted(folder):
+        return folder / "tokenizer"
+    for beside in folder.resolve().parents[:2]:
+        if (found := beside / "think" / "tokenizer").is_dir():
+            return found
+    raise ConfigError(f"{folder} has no tokenizer: neither {folder.parent} nor its parent holds the stage `think`")
 
 
 def model_config(folder: Path) -> ModelConfig:

@@ -25,6 +25,29 @@ from cacherl_jax.config import Config, ConfigError
 from cacherl_jax.whole_files import write_json
 
 
+def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes `folder`/settings.json, what its content depends on. Raises ConfigError with the difference where it was begun with
+    other settings."""
+    path = folder / "settings.json"
+    if path.is_file():
+        _refuse_difference(folder, json.loads(path.read_text()), settings, folder)
+    write_json(path, settings)
+
+
+def _refuse_difference(folder: Path, saved: Any, current: Any, delete: str | Path) -> None:
+    then, now = processes.flat(saved), processes.flat(_as_read(current))
+    changed = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in now | then if then.get(k) != now.get(k)]
+    if changed:
+        raise ConfigError(
+            f"{folder} was made with other settings ({'; '.join(changed)}). Choose another --out, or delete {delete}."
+        )
+
+
+def _as_read(value: Any) -> Any:
+    """As JSON reads it back: lists for tuples."""
+    return json.loads(json.dumps(value))
+
+
 class RunDirectory:
     """`out` with the bookkeeping of stages. Creating one writes nothing."""
 
@@ -45,14 +68,8 @@ class RunDirectory:
         if not path.is_file():
             return
         saved = json.loads(path.read_text())
-        current = self._part(saved)
-        if current != saved:
-            then, now = processes.flat(saved), processes.flat(current)
-            changed = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in now if then.get(k) != now[k]]
-            raise ConfigError(
-                f"{self.out / stage} was made with other settings ({'; '.join(changed)}). "
-                f"Choose another --out, or delete {self.out / stage} and the stages after it."
-            )
+        folder = self.out / stage
+        _refuse_difference(folder, saved, self._part(saved), f"{folder} and the stages after it")
 
     def require(self, stage: str) -> dict[str, Any]:
         """The result of a stage that must have run before."""
@@ -111,7 +128,7 @@ class RunDirectory:
             value: Any = self.config.to_json() | {"inputs": self._inputs}
             for name in part.split("."):
                 value = value[name]
-            settings[part] = json.loads(json.dumps(value))  # as it reads back: lists for tuples
+            settings[part] = value
         return settings
 
     @contextlib.contextmanager

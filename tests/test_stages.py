@@ -90,7 +90,9 @@ def test_a_finished_run_is_not_run_again(finished, capsys):
     before = (finished / "grpo" / "metrics.jsonl").stat().st_mtime_ns
     status, out, _ = cacherl(capsys, *arguments("demo", finished))
     assert status == 0 and json.loads(out)["name"] == "demo"
-    kept = cacherl(capsys, "record", "--out", str(finished), "--config", str(finished / "run.json"), "--json")
+    # Where a model is served is no setting, and the run itself has written the configuration.
+    moved = ["--set", "reward.judge.base_url=http://elsewhere/v1", "--set", "cache.simulator.timeout=9"]
+    kept = cacherl(capsys, "grpo", "--out", str(finished), "--config", str(finished / "run.json"), "--json", *moved)
     assert kept[0] == 0, kept[2]  # by the configuration that the run itself has written
     assert (finished / "grpo" / "metrics.jsonl").stat().st_mtime_ns == before
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cacherl_jax.config.basics import Count, EndpointConfig, Rate, Share, require
+from cacherl_jax.config.basics import REPLY_PARTS, Count, EndpointConfig, Rate, Share, parts, require
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class CacheConfig:
                     f"cache.simulator.{name} is empty; cache.best_effort='simulator' asks an endpoint that it names",
                 )
 
+
+CACHE_PARTS = parts("cache", CacheConfig, simulator=(*REPLY_PARTS, "examples"))  # what decides answers
 
 # The paper's three tiers and nothing else (paper.md, section 2).
 PAPER_CACHE = CacheConfig(key="canonical", adapted=False, similarity="jaccard", errors="all", fidelity="table")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cacherl_jax.config.basics import EndpointConfig, Positive, Rate, require
+from cacherl_jax.config.basics import REPLY_PARTS, EndpointConfig, Positive, Rate, parts, require
 
 
 @dataclass(frozen=True)
@@ -32,3 +32,6 @@ class RewardConfig:
                     bool(getattr(self.judge, name)),
                     f"reward.judge.{name} is empty; reward.answer='judge' asks an endpoint that it names",
                 )
+
+
+REWARD_PARTS = parts("reward", RewardConfig, judge=REPLY_PARTS)  # what decides rewards

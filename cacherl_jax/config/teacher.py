@@ -40,8 +40,7 @@ class TeacherConfig(EndpointConfig):
         )
 
 
-# What decides the transcripts that come out; the rest decides how fast they come and what they may cost. The endpoint is
-# left out: the same model may be served anywhere.
+# What decides the transcripts that come out; the rest decides how fast they come and what they may cost.
 TEACHER_PARTS = tuple(
     f"teacher.{name}"
     for name in ("kind", "model", "policy", "max_tokens", "temperature", "attempts", "min_words", "max_words", "max_past")

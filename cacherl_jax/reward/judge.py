@@ -2,7 +2,7 @@
 
 A verdict is asked for once: verdicts lie in a store of their own under a hash of everything that was asked, rubric and model
 included, so that a resumed run pays nothing twice. A failure is data: it is counted and kept out of the store, and the caller
-has a rule to fall back on. It never ends training.
+has a rule to fall back on. What ends a run is a judge that is none: a refused key or model, or no verdict at all.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from cacherl_jax import processes
+import jax
+
+from cacherl_jax import interrupts, processes
 from cacherl_jax.cache.store import MemoryStore, Recording, SQLiteStore, Store
-from cacherl_jax.chat_endpoint import ChatEndpoint, EndpointError
+from cacherl_jax.chat_endpoint import ChatEndpoint, EndpointError, EndpointUnusable
 from cacherl_jax.config import JudgeConfig, RewardConfig
 from cacherl_jax.reward import rubric
 from cacherl_jax.reward.answer import answered
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Kind, Task, ToolResult
+
+REFUSED = (401, 403, 404)  # statuses that are about the key, the model or the address, whatever is asked
 
 
 class JudgeError(Exception):
@@ -55,10 +59,12 @@ class Judge:
 
     def __init__(self, config: JudgeConfig, verdicts: Store) -> None:
         self._config, self._verdicts, self._endpoint = config, verdicts, ChatEndpoint(config)
+        self._by_schema, self._answered = True, False
 
     def grade(self, episodes: Sequence[tuple[Task, Trajectory]]) -> Verdicts:
         """Verdicts of a batch. What has no answer, or leaked reasoning into it, is 0 and not asked about; what reads the
-        same is asked about once. Of several processes the first asks, so that all are paid alike."""
+        same is asked about once. Of several processes the first asks, so that all are paid alike. Raises EndpointUnusable
+        where the endpoint refuses key, model or address, or has never answered and gives no verdict on any of a batch."""
         rewards, asked, failures = processes.of_first("the judge", lambda: self._grade(episodes))
         return Verdicts(rewards, asked, failures)
 
@@ -68,7 +74,7 @@ class Judge:
         scores: dict[bytes, int] = {}
         for key in wanted:
             if stored := self._verdicts.get(key):
-                scores[key] = rubric.read_verdict(stored[0].result.content)["score"]
+                scores[key], self._answered = rubric.read_verdict(stored[0].result.content)["score"], True
         unknown = {key: text for key, text in wanted.items() if key not in scores}
         failures: Counter[str] = Counter()
         with ThreadPoolExecutor(self._config.concurrency) as pool:
@@ -76,12 +82,15 @@ class Judge:
             try:
                 for key, reply in asked.items():
                     try:
-                        scores[key] = reply.result()
+                        scores[key] = _awaited(reply)
                     except JudgeError as error:
                         failures[str(error)] += 1
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # what is on its way is still kept
                 raise
+        self._answered = self._answered or len(scores) > 0
+        if unknown and not self._answered:
+            raise self._unusable(f"gave no verdict on any of {len(unknown)} answers ({_counted(failures)})")
         rewards = [0.0 if text is None else _reward(scores.get(self._key(text))) for text in texts]
         return rewards, len(unknown), dict(sorted(failures.items()))
 
@@ -91,13 +100,47 @@ class Judge:
     def _ask(self, key: bytes, text: str) -> int:
         """The score, its verdict kept under `key`. Raises JudgeError where the endpoint gives none, after its retries."""
         try:
-            content, _ = self._endpoint.ask(rubric.messages(text), response_format=rubric.RESPONSE_FORMAT)
-            verdict = rubric.read_verdict(content or "")
-        except (EndpointError, ValueError) as error:
+            verdict = rubric.read_verdict(self._reply(text) or "")
+        except EndpointError as error:
+            if error.status in REFUSED:
+                raise self._unusable(f"answered {error}") from error
+            raise JudgeError(str(error)) from error
+        except ValueError as error:
             raise JudgeError(str(error)) from error
         kept = ToolResult(json.dumps(verdict))
         self._verdicts.add(Recording(key, "judge", "{}", "", kept, kind=Kind.SIMULATED))  # at once: it has been paid for
         return verdict["score"]
+
+    def _reply(self, text: str) -> str | None:
+        """A server that refuses the schema is asked for any JSON object from then on."""
+        messages = rubric.messages(text)
+        if self._by_schema:
+            try:
+                return self._endpoint.ask(messages, response_format=rubric.BY_SCHEMA)[0]
+            except EndpointError as error:
+                if error.status not in (400, 422):
+                    raise
+        content, _ = self._endpoint.ask(messages, response_format=rubric.AS_JSON)  # refused again: it was not the schema
+        self._by_schema = False
+        return content
+
+    def _unusable(self, what: str) -> EndpointUnusable:
+        return EndpointUnusable(
+            f"the judge {self._config.model!r} at {self._config.base_url} {what}; see reward.judge and OPENAI_API_KEY. "
+            "What was done is kept, and the same command goes on"
+        )
+
+
+def _awaited(reply: Future[int]) -> int:
+    """Its result. A signal ends the wait, where no other process waits for this one."""
+    while not wait([reply], timeout=1.0).done:
+        if jax.process_count() == 1:
+            interrupts.check()
+    return reply.result()
+
+
+def _counted(failures: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in sorted(failures.items()))
 
 
 def _reward(score: int | None) -> float | None:

@@ -37,7 +37,8 @@ VERDICT: dict[str, Any] = {
 
 VERSION = hashlib.sha256(json.dumps([RUBRIC, VERDICT]).encode()).hexdigest()[:16]
 
-RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": VERDICT}}
+BY_SCHEMA = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": VERDICT}}
+AS_JSON = {"type": "json_object"}  # for servers without schemas: the rubric itself says what the object is
 
 
 def material(task: Task, trajectory: Trajectory) -> str:

@@ -13,7 +13,7 @@ from cacherl_jax.cache.best_effort import open_simulator
 from cacherl_jax.cache.lookup import CachedTools
 from cacherl_jax.cache.snapshot import snapshot_id
 from cacherl_jax.cache.store import SQLiteStore, StoreError
-from cacherl_jax.config import TEACHER_PARTS, Config, ConfigError, ModelConfig
+from cacherl_jax.config import CACHE_PARTS, REWARD_PARTS, TEACHER_PARTS, Config, ConfigError, ModelConfig
 from cacherl_jax.mesh import make_mesh
 from cacherl_jax.model import qwen3
 from cacherl_jax.rollout.engine import Engine
@@ -27,11 +27,11 @@ SPLITS = ("train", "validation", "test")
 POLICIES = ("sft", "expert_sft", "grpo")
 
 # The configuration that each stage depends on.
-RECORD = ("seed", "data", "cache")
+RECORD = ("seed", "data", *CACHE_PARTS)
 THINK = (*RECORD, *TEACHER_PARTS, "tokenizer", "weights")
 MODEL = ("model", "mesh", "memory.compute")  # the rest of memory changes rounding at most
 SFT = (*THINK, *MODEL, "sft", "rollout.context", "rollout.max_tool_tokens")
-GRPO = (*THINK, *MODEL, "sft", "rollout", "reward", "grpo")
+GRPO = (*THINK, *MODEL, "sft", "rollout", *REWARD_PARTS, "grpo")
 REJECTION = (*GRPO, "iterate.rejection")
 MERGED = (*REJECTION, "iterate.mix")  # all that stands on what earlier rounds accepted
 

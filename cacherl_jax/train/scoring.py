@@ -20,6 +20,8 @@ from cacherl_jax.train import advantages, stops
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task, Tier, ToolSpec
 
+MOST_FAILED = 0.1
+
 
 @dataclass(frozen=True, eq=False)
 class Scored:
@@ -139,10 +141,18 @@ def watch(scored: Scored, config: Config, seen: monitor.Seen) -> tuple[dict[str,
         leaked_N=scored.components["leaked"],
     )  # fmt: skip
     seen = monitor.advance(seen, step)
-    warnings = monitor.warnings(seen)
+    warnings = monitor.warnings(seen) + _of_judge(scored.judged)
     news, seen = monitor.tell(seen, warnings)
     row = {"monitor": monitor.to_json(step), "by_tier": monitor.by_tier(step), "drift": dataclasses.asdict(monitor.drift(seen))}
     return row | {"warnings": warnings}, seen, news
+
+
+def _of_judge(judged: Mapping[str, Any]) -> list[str]:
+    """A warning, its name first, where the judge failed on more than MOST_FAILED of what it was asked."""
+    asked, failed = judged.get("asked", 0), sum(judged.get("failures", {}).values())
+    if failed <= MOST_FAILED * asked:
+        return []
+    return [f"judge_fails: no verdict on {failed} of {asked} answers, which are paid by the facts they state"]
 
 
 def rollout_metrics(scored: Scored) -> dict[str, Any]:
@@ -161,7 +171,6 @@ def rollout_metrics(scored: Scored) -> dict[str, Any]:
         "calls": float(sum(len(t.observations) for t in scored.trajectories) / n),
         "tiers": {k: v / max(1, sum(tiers.values())) for k, v in sorted(tiers.items())},
         "stops": dict(sorted(stops.items())),
-        "weight_advantage_cov": float(np.cov(scored.weight_N, scored.advantage_N, bias=True)[0, 1]),
         "sampled_tokens": int(sum(t.sampled_T.sum() for t in scored.trajectories)),
     }
     return row | ({"judge": dict(scored.judged)} if scored.judged else {})

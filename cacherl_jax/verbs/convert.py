@@ -96,7 +96,7 @@ def _to_hf(folder: Path, target: Path, dtype: str | None, progress: ProgressFact
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     places = hf.places(config)
     shapes = {name: place.shape for name, place in places.items()}
-    read = model_folder.reader(folder, config)
+    read, tokenizer = model_folder.reader(folder, config), model_folder.tokenizer_folder(folder)
     with _replacing(target) as new, progress(total=len(places), desc="convert") as bar:
         with hf_files.Writer(new, shapes, config.dtype) as files:
             # Weight by weight, as they are stored; the files are filled in any order.
@@ -104,7 +104,6 @@ def _to_hf(folder: Path, target: Path, dtype: str | None, progress: ProgressFact
                 tensor = read(weight, layer)
                 files.write(name, tensor if layer is None else hf.layer_to_hf(tensor))
                 bar.update(1)
-        tokenizer = model_folder.tokenizer_folder(folder)
         carried = _carry(tokenizer, new)
         (new / "config.json").write_bytes(_config_text(config, tokenizer))
     return _summary(config, shapes, sorted({*carried, "config.json"}))

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cacherl_jax.config import Config, ConfigError, RolloutConfig
+from cacherl_jax.config import CACHE_PARTS, Config, ConfigError, RolloutConfig
 
 if TYPE_CHECKING:
     from cacherl_jax.cache.store import SQLiteStore
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cacherl_jax.types import Task, ToolSpec
 
 # What decides the tokens. Slots do not: rows in use change nothing.
-_PARTS = ("inputs", "seed", "model", "mesh", "memory.compute", "cache", "tokenizer") + tuple(
+_PARTS = ("inputs", "seed", "model", "mesh", "memory.compute", *CACHE_PARTS, "tokenizer") + tuple(
     f"rollout.{field.name}" for field in dataclasses.fields(RolloutConfig) if field.name != "slots"
 )
 

@@ -39,7 +39,7 @@ from cacherl_jax.model import qwen3
 from cacherl_jax.reward.answer import answer_reward
 from cacherl_jax.rollout import runner, stream
 from cacherl_jax.rollout.engine import Engine
-from cacherl_jax.run_directory import RunDirectory
+from cacherl_jax.run_directory import RunDirectory, keep_settings
 from cacherl_jax.stages import inputs, record, sft, think
 from cacherl_jax.train import grpo
 from cacherl_jax.trajectories.transcripts import read_transcripts
@@ -90,6 +90,7 @@ class Seed:
     """One seed's folder: the initial policy, its recording, and an arm a folder."""
 
     def __init__(self, out: Path, config: Config) -> None:
+        keep_settings(out, config.to_json())
         self.out, self.run = out, RunDirectory(out / "initial", config)
         for stage in (record.record, think.think, sft.supervised):
             stage(self.run, QUIET)
@@ -157,6 +158,7 @@ class Seed:
         start = time.process_time()
         weighed = replace(self.config.grpo, tools=arm.tools, process_weight=arm.process_weight)
         config = replace(self.config, grpo=weighed, cache=arm.cache or self.config.cache)
+        keep_settings(folder, {"config": config.to_json(), "coverage": arm.coverage})
         facts: dict[str, Any] = {}
         tools: ToolProvider | None = live_tools(config, "train")
         if arm.cache is not None:

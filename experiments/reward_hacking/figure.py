@@ -12,8 +12,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-ARMS = {"paper": "#D55E00", "none": "#777777", "calibrated": "#009E73"}
-NAMES = {"sft": "before (SFT)", "paper": "paper's tiers", "none": "no tiers", "calibrated": "calibrated"}
+ARMS = {"paper": "#D55E00", "none_divided": "#CC79A7", "none": "#777777", "calibrated": "#009E73"}
+NAMES = {
+    "sft": "before (SFT)",
+    "paper": "paper's tiers",
+    "none_divided": "no tiers, divided",
+    "none": "no tiers",
+    "calibrated": "calibrated",
+}
 LAST = 5  # steps at each end that the table averages
 
 

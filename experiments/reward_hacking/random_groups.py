@@ -12,9 +12,11 @@ TIERS = (Tier.EXACT, Tier.FUZZY, Tier.BEST_EFFORT, Tier.MISS)
 FIDELITY = (1.0, 0.3, 0.1, 0.0)
 WEIGHTS = {
     "paper": tuple(PAPER_WEIGHTS[tier] for tier in TIERS),
+    "none_divided": (BLIND,) * len(TIERS),
     "none": (BLIND,) * len(TIERS),
     "calibrated": FIDELITY,
 }
+DIVIDED = ("paper", "none_divided")  # by the group's standard deviation, as the paper's advantages are
 
 
 def mean_advantages(groups: int, size: int = 8) -> dict[str, dict[str, dict[str, float]]]:
@@ -37,7 +39,7 @@ def mean_advantages(groups: int, size: int = 8) -> dict[str, dict[str, dict[str,
 def _advantage(way: str, answer_G: np.ndarray, process_G: np.ndarray, weight_G: np.ndarray) -> np.ndarray:
     if way == "calibrated":
         return advantages.calibrated(answer_G, process_G, weight_G, process_weight=0.5)
-    return advantages.scalar(weight_G * answer_G + (1.0 - weight_G) * process_G, divide_by_std=True)
+    return advantages.scalar(weight_G * answer_G + (1.0 - weight_G) * process_G, divide_by_std=way in DIVIDED)
 
 
 def _summary(advantage_PG: np.ndarray, is_PG: np.ndarray) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""Trains one policy under three rewards in a world where leaving the cache pays, and evaluates each with live tools.
+"""Trains one policy under four rewards in a world where leaving the cache pays, and evaluates each with live tools.
 
 Command:  python experiments/reward_hacking/run.py --out runs/reward_hacking
-Cost:     about 6 CPU-minutes a seed; goes on where it was stopped; --smoke is two steps of a tiny model, for the tests
+Cost:     about 7 CPU-minutes a seed; goes on where it was stopped; --smoke is two steps of a tiny model, for the tests
 Writes:   result.json, figure.png and table.md beside this file, or in the folder named by --result
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import figure
 import world
-from random_groups import mean_advantages
+from random_groups import DIVIDED, mean_advantages
 
 from cacherl_jax import metrics
 from cacherl_jax.cache.lookup import CachedTools, record_transcript
@@ -38,6 +38,7 @@ from cacherl_jax.model import qwen3
 from cacherl_jax.reward import monitor
 from cacherl_jax.rollout import runner
 from cacherl_jax.rollout.engine import Engine
+from cacherl_jax.run_directory import keep_settings
 from cacherl_jax.text import chat
 from cacherl_jax.text.tokenizer import Tokenizer, train_tokenizer
 from cacherl_jax.train import grpo, sft
@@ -45,9 +46,11 @@ from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task
 from cacherl_jax.whole_files import write_json
 
-# How tiers count. All three pay the paper's process reward, which does not know what was asked.
-ARMS = ("paper", "none", "calibrated")
+# How tiers count, and with the paper whether the group's standard deviation divides. All pay the paper's process reward, which
+# does not know what was asked.
+ARMS = {"paper": "paper", "none_divided": "none", "none": "none", "calibrated": "calibrated"}
 AGENTS = ("expert", "expert", "hasty")
+HERE, SEEDS = Path(__file__).parent, [0, 1, 2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Seed:
         config = configuration(seed, small)
         model = dataclasses.replace(config.model, vocab_size=self.tok.vocab_size)
         self.config = dataclasses.replace(config, model=model)
-        _refuse_other(self.out / "settings.json", {"config": self.config.to_json(), "size": dataclasses.asdict(size)})
+        keep_settings(self.out, {"config": self.config.to_json(), "size": dataclasses.asdict(size)})
         rows, too_long = sft.transcript_rows(
             self.tok, transcripts, world.SPECS, context=config.rollout.context, max_tool_tokens=config.rollout.max_tool_tokens
         )
@@ -128,9 +131,8 @@ class Seed:
         done = folder / "result.json"
         if done.is_file():
             return json.loads(done.read_text())
-        reward = dataclasses.replace(self.config.reward, tier=arm)
-        # The paper divides by the group's standard deviation.
-        how = dataclasses.replace(self.config.grpo, divide_by_std=arm == "paper")
+        reward = dataclasses.replace(self.config.reward, tier=ARMS[arm])
+        how = dataclasses.replace(self.config.grpo, divide_by_std=arm in DIVIDED)
         config, held_out = dataclasses.replace(self.config, reward=reward, grpo=how), self.cache("validation")
 
         def validate(engine: Engine, model: qwen3.Qwen3) -> float:
@@ -145,14 +147,6 @@ class Seed:
         result = {"steps": steps, "warned": warned, "live_calls": live_calls, "live": self.live(model)}
         write_json(done, result)
         return result
-
-
-def _refuse_other(path: Path, settings: dict[str, Any]) -> None:
-    """Writes what a seed's runs depend on, or ends where its folder was begun with something else."""
-    settings = json.loads(json.dumps(settings))  # as it reads back: lists for tuples
-    if path.is_file() and json.loads(path.read_text()) != settings:
-        raise SystemExit(f"{path.parent} was made with other settings; choose another --out, or delete it")
-    write_json(path, settings)
 
 
 def _tokenizer(transcripts: list[Any]) -> Tokenizer:
@@ -177,11 +171,13 @@ def watched(folder: Path) -> tuple[list[dict[str, float]], dict[str, dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/reward_hacking"), help="folder of the runs; the same one goes on")
-    parser.add_argument("--result", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--result", type=Path, default=HERE, help="folder of the figures; another one for less than all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
+    if args.result == HERE and (args.smoke or args.arms != list(ARMS) or args.seeds != SEEDS):
+        parser.error("figures of a part would replace those of the whole; name another --result")
     size = SMOKE if args.smoke else FULL
     seeds: dict[str, Any] = {}
     for number in args.seeds:

@@ -1,7 +1,8 @@
-"""The judge behind a real endpoint on this machine: asked once, at most so many at a time, and never the end of training."""
+"""The judge behind a real endpoint on this machine: asked once, at most so many at a time; only one that is none ends a run."""
 
 import dataclasses
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 from endpoint_server import Act, Server
 
 from cacherl_jax.cache.store import MemoryStore
+from cacherl_jax.chat_endpoint import EndpointUnusable
 from cacherl_jax.config import Config, JudgeConfig, RewardConfig, with_overrides
-from cacherl_jax.reward import rubric
+from cacherl_jax.reward import monitor, rubric
 from cacherl_jax.reward.judge import Judge, open_judge
-from cacherl_jax.train.scoring import rollout_metrics, score_groups
+from cacherl_jax.train.scoring import rollout_metrics, score_groups, watch
 from cacherl_jax.trajectory import StopReason, Trajectory
 from cacherl_jax.types import Kind, Message, Observation, Task, Tier, ToolCall, ToolResult
 
@@ -20,17 +22,20 @@ pytest.importorskip("openai", reason="the extra 'teacher' is not installed")
 
 
 class Endpoint(Server):
-    """Grades an answer by the text `replies` has for it, the next at each try; fails with the status where that is a number."""
+    """Grades an answer by the text `replies` has for it, the next at each try; fails with the status where that is a number.
+    Without `schemas` it takes no request that has one."""
 
-    def __init__(self, replies=None):
+    def __init__(self, replies=None, schemas=True):
         super().__init__(self._grade)
-        self.replies, self.asked = replies or {}, Counter()
+        self.replies, self.schemas, self.asked = replies or {}, schemas, Counter()
 
     def _grade(self, body):
         answer = json.loads(body["messages"][-1]["content"])["answer"]
         replies = self.replies.get(answer, [verdict(5)])
         reply = replies[min(self.asked[answer], len(replies) - 1)]
         self.asked[answer] += 1
+        if not self.schemas and body["response_format"]["type"] == "json_schema":
+            reply = 400
         failed = isinstance(reply, int)
         return Act("" if failed else reply, reply if failed else 200, {"Retry-After-Ms": "1"}, seconds=0.02)
 
@@ -87,7 +92,7 @@ def test_no_more_answers_are_graded_at_a_time_than_allowed():
 
 def test_a_failing_judge_is_counted_and_the_facts_stand_in():
     replies = {
-        "x blue": [500], "blue a": [verdict(6)], "blue b": ["five"], "blue c": [verdict(3, more=1)], "d": [401],
+        "x blue": [500], "blue a": [verdict(6)], "blue b": ["five"], "blue c": [verdict(3, more=1)], "d": [410],
         "blue e": [verdict(2.5)], "f": [""],
     }  # fmt: skip
     store = MemoryStore()
@@ -95,16 +100,41 @@ def test_a_failing_judge_is_counted_and_the_facts_stand_in():
         sets = ["reward.answer=judge", f"reward.judge.base_url={endpoint.url}", "reward.judge.model=m", "reward.judge.retries=1"]
         config = with_overrides(Config(), [*sets, f"grpo.group={len(replies)}"])
         judge = Judge(config.reward.judge, store)
+        grade(judge, "answered once")
         scored = score_groups([TASK], [episode(answer) for answer in replies], {}, config, judge)
         metrics = rollout_metrics(scored)
         no_facts = score_groups([dataclasses.replace(TASK, facts=())], scored.trajectories, {}, config, judge)
         endpoint.replies = {}
-        assert grade(judge, "d").asked == 1 and len(list(store.entries())) == 1  # a failure is asked about again
+        assert grade(judge, "d").asked == 1 and len(list(store.entries())) == 2  # a failure is asked about again
     np.testing.assert_array_equal(scored.components["answer"], [1, 1, 1, 1, 0, 1, 0])
     assert not no_facts.components["answer"].any()  # where nothing can stand in, to break the judge pays nothing
-    assert metrics["judge"] == {"asked": 7, "failures": {"HTTP status 401": 1, "HTTP status 500": 1, "the reply is no verdict": 5}}
+    assert metrics["judge"] == {"asked": 7, "failures": {"HTTP status 410": 1, "HTTP status 500": 1, "the reply is no verdict": 5}}
+    row, seen, news = watch(scored, config, monitor.Seen())
+    assert news == row["warnings"] == ["judge_fails: no verdict on 7 of 7 answers, which are paid by the facts they state"]
+    assert watch(scored, config, seen)[2] == []  # said once
     with pytest.raises(ValueError, match="needs a judge"):
         score_groups([TASK], [episode("blue")] * len(replies), {}, config)
+
+
+@pytest.mark.parametrize(
+    ("replies", "message"),
+    [
+        ({"blue": [401]}, "answered HTTP status 401; see reward.judge and OPENAI_API_KEY"),
+        ({"blue": [500], "red": ["five"]}, "no verdict on any of 2 answers (HTTP status 500: 1, the reply is no verdict: 1)"),
+    ],
+)
+def test_a_judge_that_is_none_ends_the_run(replies, message):
+    with Endpoint(replies) as endpoint:
+        judge = Judge(JudgeConfig(endpoint.url, "m", retries=0), MemoryStore())
+        with pytest.raises(EndpointUnusable, match=re.escape(message)):
+            grade(judge, *replies)
+
+
+def test_a_server_without_schemas_is_asked_for_an_object():
+    with Endpoint(schemas=False) as endpoint:
+        judge = Judge(JudgeConfig(endpoint.url, "m"), MemoryStore())
+        assert [grade(judge, answer).rewards for answer in ("blue", "red")] == [[1.0], [1.0]]
+        assert [body["response_format"]["type"] for body in endpoint.requests] == ["json_schema", "json_object", "json_object"]
 
 
 def test_an_answer_cannot_leave_its_field_and_verdicts_belong_to_their_rubric(monkeypatch):
