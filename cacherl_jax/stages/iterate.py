@@ -65,7 +65,7 @@ def iterate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, A
     """All rounds, the SFT after the last, and the page. Returns what rounds.json holds."""
     record.record(run, progress)
     think.think(run, progress)
-    count = run.config.iterate.rounds
+    count, result = run.config.iterate.rounds, {}
     for number in range(count + 1):
         name, merged = f"round{number}", number > 0
         rows = partial(_merged_rows, run, number) if merged else lambda: sft.transcript_rows(run, sft.thought(run))
@@ -77,7 +77,8 @@ def iterate(run: RunDirectory, progress: metrics.ProgressFactory) -> dict[str, A
             policies[f"grpo{number}"] = f"{name}/grpo"
         for policy, stage in policies.items():
             _evaluate(run, number, policy, stage, progress)
-    return _summarise(run)
+        result = _summarise(run, number)
+    return result
 
 
 # ---- rejection sampling ----------------------------------------------------------------------------------------------
@@ -200,8 +201,8 @@ def _evaluated(number: int, policy: str) -> str:
     return f"round{number}/eval/{policy}"
 
 
-def _summarise(run: RunDirectory) -> dict[str, Any]:
-    """round.json of each round, rounds.json and the page, by the first process. Made anew at every call."""
+def _summarise(run: RunDirectory, latest: int) -> dict[str, Any]:
+    """round.json of each round up to the latest, rounds.json and the page, by the first process. Made anew at every call."""
     if not processes.is_first():
         return {}
     recorded, specs, tasks = run.require("record"), load_specs(run), load_tasks(run, "test")
@@ -209,7 +210,7 @@ def _summarise(run: RunDirectory) -> dict[str, Any]:
     versions: list[dict[str, Any]] = []
     by_round: list[dict[str, Any]] = []
     first: list[float] | None = None
-    for number in range(run.config.iterate.rounds + 1):
+    for number in range(latest + 1):
         last = number == run.config.iterate.rounds
         own: list[dict[str, Any]] = []
         for policy in (f"sft{number}",) if last else (f"sft{number}", f"grpo{number}"):

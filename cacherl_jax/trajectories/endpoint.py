@@ -12,7 +12,7 @@ from typing import Any
 from cacherl_jax import versions
 from cacherl_jax.config import EndpointConfig
 from cacherl_jax.trajectories import prompts
-from cacherl_jax.trajectories.paid import Halt, Refused, TeacherStopped
+from cacherl_jax.trajectories.paid import Failed, Halt, Refused, TeacherStopped
 from cacherl_jax.trajectories.prompts import Request
 from cacherl_jax.trajectories.teacher import Reply
 
@@ -86,7 +86,8 @@ class Endpoint:
         await self._client.close()
 
     async def complete(self, request: Request) -> Reply:
-        """Raises Refused where the endpoint takes no such request, TeacherStopped where it fails for good."""
+        """Raises Refused where the endpoint takes no such request, Failed where every try failed, TeacherStopped where it
+        takes none at all."""
         tenacity = self._tenacity
         growing = tenacity.wait_random_exponential(multiplier=0.25, max=30)
         retrying = tenacity.AsyncRetrying(
@@ -99,10 +100,8 @@ class Endpoint:
         try:
             return await retrying(self._try, request)
         except _Busy as error:
-            raise TeacherStopped(
-                f"the endpoint {self._config.base_url} failed {self._config.retries + 1} times in a row: {error}; "
-                "what was done is kept, and the same command goes on"
-            ) from error
+            tries = self._config.retries + 1
+            raise Failed(f"the endpoint {self._config.base_url} failed {tries} times in a row: {error}") from error
 
     async def _try(self, request: Request) -> Reply:
         by_schema = self._by_schema
@@ -146,7 +145,7 @@ class Endpoint:
     def _of_status(self, error: Any) -> Exception:
         status = error.status_code
         if status in UNUSABLE:
-            return Refused(f"HTTP status {status}: {error.message}")
+            return Refused(f"the endpoint {self._config.base_url} refused the request: HTTP status {status}: {error.message}")
         if status in (408, 409, 425, 429) or status >= 500:
             return _Busy(f"HTTP status {status}", _retry_after(error.response.headers))
         return TeacherStopped(f"the endpoint {self._config.base_url} answered HTTP status {status}: {error.message}")

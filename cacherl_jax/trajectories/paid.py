@@ -16,13 +16,23 @@ from cacherl_jax.config import TeacherConfig
 from cacherl_jax.trajectories.prompts import Request
 from cacherl_jax.trajectories.teacher import Model, Reply
 
+LOOK = 0.1  # seconds
+
 
 class TeacherStopped(Exception):
     """The teacher can or may not go on; the message says why. What was done is kept, and the same command goes on."""
 
 
 class Refused(Exception):
-    """The endpoint takes this request not at all, such as one that is too long; others may be well."""
+    """The endpoint takes this request not at all, such as one that is too long; others may be well. problem: as of a Reply."""
+
+    problem = "refused"
+
+
+class Failed(Refused):
+    """At every try the endpoint failed on this request, which others may not share."""
+
+    problem = "failed"
 
 
 class Halt:
@@ -142,11 +152,12 @@ class PaidModel:
     Raises TeacherStopped where the budget, the endpoint or a `Halt` ends the run.
     """
 
-    def __init__(self, model: Model, replies: Replies, purse: Purse, halt: Halt) -> None:
+    def __init__(self, model: Model, replies: Replies, purse: Purse, halt: Halt, concurrency: int) -> None:
         self.asked, self.stored = 0, 0  # requests of this run, by where their replies came from
-        self._model, self._replies, self._purse, self._halt = model, replies, purse, halt
-        self._answered = len(replies) > 0
+        self._model, self._replies, self._purse, self._halt, self._concurrency = model, replies, purse, halt, concurrency
+        self._answered = len(replies)  # of all runs
         self._asking: dict[str, asyncio.Task[Reply]] = {}
+        self._hopeless: set[str] = set()  # of these, those that wait to see whether it is the request or the endpoint
 
     async def complete(self, request: Request) -> Reply:
         if (reply := self._replies.get(request.key)) is not None:
@@ -160,19 +171,36 @@ class PaidModel:
     async def _ask(self, request: Request) -> Reply:
         self._halt.check()
         await self._purse.reserve(request, self._halt)
-        paid = Reply("")  # nothing, should no reply come
+        reply, refusal = Reply(""), None  # nothing, should no reply come
+        before = self._answered
         try:
-            reply = paid = await self._model.complete(request)
-        except Refused as refusal:
-            if not self._answered:
-                raise TeacherStopped(f"the endpoint refused the first request: {refusal}") from refusal
-            reply = Reply("", problem="refused")  # not stored: it cost nothing, and another endpoint may take the request
+            reply = await self._model.complete(request)
+        except Refused as error:
+            refusal = error
         finally:
-            money = await self._purse.settle(request, paid)
-        if reply is paid:
-            self._replies.put(request, reply, money)
-        self._answered, self.asked = True, self.asked + 1
+            money = await self._purse.settle(request, reply)
+        self.asked += 1
+        if refusal is not None:
+            await self._give_up(request, refusal, before)
+            return Reply("", problem=refusal.problem)  # not stored: it cost nothing, and another endpoint may take the request
+        self._replies.put(request, reply, money)
+        self._answered += 1
         return reply
+
+    async def _give_up(self, request: Request, refusal: Refused, before: int) -> None:
+        """Returns when the endpoint is seen to work, so that it is this request that it is not for: once it has answered any,
+        and where it failed, any since the request began, when `before` were answered. Raises TeacherStopped where all others
+        on their way wait for the same, or where it failed, more than it is asked at a time: that takes long to find out."""
+        failed = isinstance(refusal, Failed)
+        self._hopeless.add(request.key)
+        try:
+            while self._answered <= (before if failed else 0):
+                enough = min(len(self._asking), self._concurrency + 1) if failed else len(self._asking)
+                if len(self._hopeless) >= enough:
+                    raise TeacherStopped(f"{refusal}; what was done is kept, and the same command goes on") from refusal
+                await self._halt.pause(LOOK)
+        finally:
+            self._hopeless.discard(request.key)
 
     def _landed(self, request: Request, task: asyncio.Task[Reply]) -> None:
         del self._asking[request.key]

@@ -101,7 +101,7 @@ async def _run(folder: Path, job: Job, progress: ProgressFactory) -> dict[str, A
         if model is None:
             model = endpoint = Endpoint(job.config, job.config.concurrency, halt)
         purse = Purse(job.config, replies.spent())
-        paid = PaidModel(model, replies, purse, halt)
+        paid = PaidModel(model, replies, purse, halt, job.config.concurrency)
         teacher = LanguageTeacher(paid, _name(job), job.specs, job.config, job.seed)
         costs = _estimate(job, replies, purse)
         try:

@@ -20,7 +20,8 @@ Role = Literal["analytical", "user_facing"]
 
 @dataclass(frozen=True)
 class Reply:
-    """What a language model said. problem: why `text` cannot be used: "cut" at max_tokens, "refused" by the endpoint."""
+    """What a language model said. problem: why `text` cannot be used: "cut" at max_tokens, "refused" by the endpoint, which
+    may also have "failed" on it at every try."""
 
     text: str
     prompt_tokens: int = 0

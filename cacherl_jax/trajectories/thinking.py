@@ -19,6 +19,7 @@ from cacherl_jax.trajectories.teacher import Answer, Teacher
 from cacherl_jax.types import Message, Transcript
 
 How = Literal["kept", "wrapped", "written", "empty"]
+FOR_GOOD = ("refused", "failed")  # problems of a request whatever its seed
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def _provenance(transcript: str, i: int, thought: Thought, teacher: Teacher) -> 
 async def think_message(messages: Sequence[Message], i: int, teacher: Teacher, config: TeacherConfig) -> Thought:
     """The assistant message `messages[i]` with its reasoning. The teacher is given the messages before it alone.
 
-    Reasoning that `checks.problem` rejects is asked for again, `config.attempts` times in all, what the endpoint refuses not;
-    then the block is empty. A
-    message whose text cannot be classified counts as addressed to the user: its text stays where it is.
+    Reasoning that `checks.problem` rejects is asked for again, `config.attempts` times in all, what the endpoint refuses or
+    fails on not; then the block is empty. A message whose text cannot be classified counts as addressed to the user: its text
+    stays where it is.
     """
     past, message = messages[:i], messages[i]
     if message.reasoning:
@@ -113,7 +114,7 @@ async def think_message(messages: Sequence[Message], i: int, teacher: Teacher, c
             if not answers[-1].problem:
                 break
             rejected.append(answers[-1].problem)
-            if rejected[-1] == "refused":
+            if rejected[-1] in FOR_GOOD:
                 break
         if answers[-1].value == "analytical":
             if checks.MARKS.search(message.content):
@@ -126,7 +127,7 @@ async def think_message(messages: Sequence[Message], i: int, teacher: Teacher, c
         if not problem:
             return done("written", reasoning=answers[-1].value)
         rejected.append(problem)
-        if problem == "refused":  # whatever its seed
+        if problem in FOR_GOOD:
             break
     return done("empty", reasoning="")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -129,6 +130,20 @@ def test_an_endpoint_that_cannot_be_used_ends_the_run(tmp_path, acts, message):
     with Server(in_turn(*acts)) as server, pytest.raises(TeacherStopped, match=message):
         run(tmp_path, [single()], teacher(server, retries=1))
     assert not (tmp_path / "transcripts.jsonl").exists()
+
+
+@pytest.mark.parametrize(("status", "reason", "concurrency"), [(413, "refused", 4), (500, "failed", 4), (500, "failed", 1)])
+def test_what_the_endpoint_cannot_do_costs_only_itself(tmp_path, status, reason, concurrency):
+    """Also where it comes first, as often as requests are on their way."""
+
+    def answer(body):
+        number = int(re.search(r"Hello (\d+)", body["messages"][1]["content"])[1])
+        return Act(status=status) if number < concurrency else Act(GOOD, seconds=0.02)
+
+    with Server(answer) as server:
+        made = run(tmp_path, [single(n) for n in range(12)], teacher(server, concurrency=concurrency, retries=0))
+    assert (made["written"], made["empty"], made["rejected"]) == (12 - concurrency, concurrency, {reason: concurrency})
+    assert [row["how"] for row in rows(tmp_path)] == ["empty"] * concurrency + ["written"] * (12 - concurrency)
 
 
 def test_places_are_held_until_the_reply_is_there_and_refusals_are_forgotten(tmp_path):
