@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from cacherl_jax.evaluate.intervals import Interval, hierarchical
+from cacherl_jax.types import Tier
 from cacherl_jax.whole_files import write_json
 
 HERE = Path(__file__).parent
@@ -64,9 +65,9 @@ def text(i: Interval, signed: bool = False) -> str:
     return f"{i.mean:{sign}.3f} [{i.low:{sign}.3f}, {i.high:{sign}.3f}]"
 
 
-def tier_mix(results: dict[int, dict[str, Any]], step: int) -> dict[str, float]:
-    """Shares of tiers over the calls of a step, mean of the seeds."""
-    rows = [facts["steps"][step]["tiers"] for facts in results.values()]
+def tier_mix(results: dict[int, dict[str, Any]], chosen: slice = slice(None)) -> dict[str, float]:
+    """Shares of tiers over the calls of a step, mean of the seeds and of all or the chosen steps."""
+    rows = [row["tiers"] for facts in results.values() for row in facts["steps"][chosen]]
     return {tier: float(np.mean([row.get(tier, 0.0) for row in rows])) for tier in sorted({t for row in rows for t in row})}
 
 
@@ -85,7 +86,8 @@ def measured(results: dict[str, dict[int, dict[str, Any]]], live: str) -> dict[s
             row["over_sft"] = difference(results[arm], results["sft"]).to_json()
             row["over_live"] = difference(results[arm], results[live]).to_json()
             row["families_over_sft"] = {f: difference(results[arm], results["sft"], "process", f).to_json() for f in families}
-            row |= {"tiers_first": tier_mix(results[arm], 0), "tiers_last": tier_mix(results[arm], -1)}
+            row |= {"tiers_first": tier_mix(results[arm], slice(1)), "tiers_last": tier_mix(results[arm], slice(-1, None))}
+            row["tiers"] = tier_mix(results[arm])
             row["live_calls_of_rl"] = [facts["live_calls_of_rl"] for facts in results[arm].values()]
             row["held"] = [facts.get("initial_policy_calls_held") for facts in results[arm].values()]
             row["cpu_seconds"] = [facts["cpu_seconds"] for facts in results[arm].values()]
@@ -103,8 +105,11 @@ def main() -> None:
     arms = measured(results, "live")
     summary: dict[str, Any] = {"seeds": list(seeds), "test_tasks": len(seeds[min(seeds)]["sft"]["process"]), "arms": arms}
     recording = [facts["live_calls_of_recording"] for facts in results["sft"].values()]
-    summary["live_calls_of_recording"] = recording
-    summary["runs_until_paid"] = float(np.mean(np.array(recording) / np.array(arms["live"]["live_calls_of_rl"])))
+    demonstrated = [facts["live_calls_of_demonstrations"] for facts in results["sft"].values()]
+    summary |= {"live_calls_of_recording": recording, "live_calls_of_demonstrations": demonstrated}
+    of_rl = np.array(arms["live"]["live_calls_of_rl"])
+    summary["runs_until_paid"] = float(np.mean(np.array(recording) / of_rl))
+    summary["runs_until_paid_with_demonstrations"] = float(np.mean((np.array(recording) + demonstrated) / of_rl))
     if answers := {seed: facts for seed, facts in answers.items() if seed in seeds}:
         alone = {"sft": {seed: seeds[seed]["sft"] for seed in answers}}
         alone |= {arm: {seed: facts[arm] for seed, facts in answers.items()} for arm in ANSWERS_ONLY}
@@ -118,8 +123,11 @@ def main() -> None:
 def tables(summary: dict[str, Any]) -> list[str]:
     arms = summary["arms"]
     lines = [*table(arms), "", *family_table(arms)]
-    lines += ["", f"Live calls of recording, by seed: {summary['live_calls_of_recording']}; of RL with live tools:"]
-    lines.append(f"{arms['live']['live_calls_of_rl']}; the cache has paid for itself after {summary['runs_until_paid']:.2f} runs.")
+    lines += ["", *tier_table(arms), ""]
+    lines.append(f"Live calls by seed: recording the initial policy {summary['live_calls_of_recording']}, RL with live tools")
+    lines.append(f"{arms['live']['live_calls_of_rl']}: the cache has paid for itself after {summary['runs_until_paid']:.2f} runs.")
+    lines.append(f"With the demonstrators' calls, which SFT needs anyway, {summary['live_calls_of_demonstrations']}: after")
+    lines.append(f"{summary['runs_until_paid_with_demonstrations']:.1f} runs.")
     if answers := summary.get("answers_only"):
         named = ", ".join(map(str, answers["seeds"]))
         lines += ["", f"Paid by answers alone, seeds {named}:", "", *table(answers["arms"]), "", *family_table(answers["arms"])]
@@ -143,6 +151,14 @@ def family_table(arms: dict[str, dict[str, Any]]) -> list[str]:
     lines = ["| family | " + " | ".join(arms) + " |", "|" + "---|" * (1 + len(arms))]
     for f in arms["sft"]["families"]:
         lines.append(f"| {f} | " + " | ".join(f"{row['families'][f]['mean']:.2f}" for row in arms.values()) + " |")
+    return lines
+
+
+def tier_table(arms: dict[str, dict[str, Any]]) -> list[str]:
+    served = {arm: row["tiers"] for arm, row in arms.items() if "tiers" in row}
+    tiers = [tier.value for tier in Tier if any(tier.value in row for row in served.values())]
+    lines = ["| calls of GRPO, all steps | " + " | ".join(tiers) + " |", "|" + "---|" * (1 + len(tiers))]
+    lines += [f"| {arm} | " + " | ".join(f"{row.get(tier, 0):.3f}" for tier in tiers) + " |" for arm, row in served.items()]
     return lines
 
 

@@ -205,7 +205,9 @@ class Seed:
                 facts = self.evaluated(inputs.load_policy(self.run, name, self.config), folder)
                 if name == "sft":
                     transcripts, calls = self.recorded()
+                    demonstrated = self.run.require("record")["train"]["calls"]
                     facts |= {"recorded_episodes": len(transcripts), "live_calls_of_recording": calls}
+                    facts["live_calls_of_demonstrations"] = demonstrated  # all tasks, also those that GRPO does not see
                 write_json(folder / "result.json", facts)
 
 
