@@ -36,6 +36,37 @@ def test_arms_share_tasks_and_weights_and_only_the_live_one_calls_tools(tmp_path
     assert capsys.readouterr().out == before
 
 
+def test_the_table_compares_seed_by_seed_and_leaves_out_what_is_not_done(tmp_path, monkeypatch, capsys):
+    module = runpy.run_path(str(FOLDER / "figure.py"))
+    module["main"].__globals__.update(HERE=tmp_path, SEEDS=tmp_path / "seeds", DRAWS=200)
+    right = {"sft": 2, "expert_sft": 6, "live": 5, "ours 60": 4, "live answers": 3, "ours 60 answers": 1}  # tasks of eight
+
+    def result(arm, seed):
+        process = [float(i < right.get(arm, 5) + seed) for i in range(8)]
+        facts = {"families": ["chain3", "choose"] * 4, "process": process, "answer": process, "cpu_seconds": 1.0}
+        if arm == "sft":
+            return facts | {"live_calls_of_recording": 100, "live_calls_of_demonstrations": 900}
+        steps = [{"tiers": {"exact": share, "miss": 1 - share}} for share in (0.5, 0.7)]
+        return facts | {"steps": steps, "live_calls_of_rl": 200 * (1 + seed) if arm.startswith("live") else 0}
+
+    arms = (*module["ARMS"], *module["ANSWERS_ONLY"])
+    for seed, done in enumerate((arms, module["ARMS"], arms[:-6])):  # the second without those paid by answers, the third not done
+        for arm in done:
+            (tmp_path / "out" / f"seed{seed}" / arm).mkdir(parents=True)
+            (tmp_path / "out" / f"seed{seed}" / arm / "result.json").write_text(json.dumps(result(arm, seed)))
+    monkeypatch.setattr(sys, "argv", ["figure.py", str(tmp_path / "out")])
+    module["main"]()
+    made = json.loads((tmp_path / "result.json").read_text())
+    assert made["seeds"] == [0, 1] and made["answers_only"]["seeds"] == [0] and made["test_tasks"] == 8
+    ours, alone = made["arms"]["ours 60"], made["answers_only"]["arms"]["ours 60 answers"]
+    assert ours["by_seed"] == [4 / 8, 5 / 8] and ours["over_live"]["mean"] == -1 / 8 and ours["over_sft"]["mean"] == 2 / 8
+    assert alone["over_live"]["mean"] == -2 / 8  # than live tools paid alike
+    assert ours["tiers"]["exact"] == 0.6 and ours["tiers_last"]["exact"] == 0.7
+    assert made["runs_until_paid"] == (100 / 200 + 100 / 400) / 2
+    assert made["runs_until_paid_with_demonstrations"] == (1000 / 200 + 1000 / 400) / 2
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG") and "| ours 60 | 0.562 " in capsys.readouterr().out
+
+
 def test_a_store_holds_the_stated_share_of_calls_whatever_its_key():
     module = runpy.run_path(str(FOLDER / "run.py"))
     specs, seed = tool_specs(), 1
