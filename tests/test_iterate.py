@@ -113,6 +113,11 @@ def test_rounds_go_on_after_ctrl_c_and_learn_from_what_was_accepted(tmp_path, mo
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert "| demo, live | sft1 |" in (tmp_path / "table.md").read_text()
 
+    # What came out is a model like any other.
+    command = ["convert", "--from", str(run.out / "round1" / "sft"), "--to-hf", str(tmp_path / "hf")]
+    assert cli.main(command) == 0 and (tmp_path / "hf" / "tokenizer.json").is_file()
+    capsys.readouterr()
+
     # A later stage alone depends on the mix, and none on the number of rounds: a run of one is the beginning of a run of two.
     command = ["iterate", "--json", "--out", str(run.out), "--config", str(tmp_path / "config.json")]
     (tmp_path / "config.json").write_text(json.dumps(run.config.to_json()))

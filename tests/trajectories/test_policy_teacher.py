@@ -2,13 +2,14 @@
 
 import asyncio
 import dataclasses
+import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from cacherl_jax import mesh, model_folder
+from cacherl_jax import cli, mesh, model_folder
 from cacherl_jax.config import Config, ConfigError, ModelConfig, RolloutConfig, TeacherConfig
 from cacherl_jax.model import qwen3
 from cacherl_jax.rollout.turns import Prompt, sample_turns
@@ -54,6 +55,27 @@ def test_a_request_is_answered_the_same_alone_and_in_company(policy):
     assert all(reply.problem == ("cut" if reply.completion_tokens == 12 else "") for reply in together)
     with pytest.raises(Refused, match="exceed rollout"):
         asyncio.run(model.complete(request("Where? " * 300)))
+
+
+def test_the_command_asks_a_policy_and_keeps_what_it_replied(policy, tmp_path, capsys):
+    chats = [[{"role": "user", "content": f"Where is {n}?"}, {"role": "assistant", "content": "In Oslo."}] for n in range(3)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    (tmp_path / "config.json").write_text(json.dumps(policy.to_json()))
+
+    def think(out):
+        command = ["think", "--json", "--source", "openai", "--path", str(tmp_path / "chats.jsonl"), "--out", str(out)]
+        assert cli.main([*command, "--config", str(tmp_path / "config.json")]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    made = think(tmp_path / "a")
+    # Its weights are random: whatever it replies is asked for three times and leaves the blocks empty.
+    assert (made["messages"], made["empty"], made["requests"], sum(made["rejected"].values())) == (3, 3, 9, 9)
+    assert made["rejected"].keys() <= {"cut", "no_json", "empty"} and made["completion_tokens"] > 0
+    rows = [json.loads(line) for line in (tmp_path / "a" / "think" / "provenance.jsonl").read_text().splitlines()]
+    assert {row["teacher"] for row in rows} == {made["teacher"]} and made["teacher"].startswith("policy:policy@")
+    (tmp_path / "b" / "think").mkdir(parents=True)
+    shutil.copy(tmp_path / "a" / "think" / "replies.sqlite", tmp_path / "b" / "think")
+    assert think(tmp_path / "b")["from_store"] == 9
 
 
 def test_a_policy_at_temperature_0_is_not_asked_the_same_again(policy):
