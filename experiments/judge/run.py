@@ -34,7 +34,6 @@ ROOT = HERE.parents[1]
 ENDPOINT = runpy.run_path(str(ROOT / "tests" / "endpoint_server.py"))
 FAILED, NO_VERDICT, AT_RANDOM = 0.05, 0.02, 0.10  # of requests, of replies, of what is graded
 SHARED = ("record", "think", "sft")
-PORT = 8791  # one for every attempt: the address is part of a run's settings
 
 
 def grade(body: dict[str, Any], trouble: random.Random) -> Any:
@@ -71,7 +70,7 @@ def main() -> None:
     config = smoke(config) if args.smoke else config
     trouble = random.Random(config.seed)
     right: dict[str, list[float]] = {}
-    with ENDPOINT["Server"](lambda body: grade(body, trouble), PORT) as server:
+    with ENDPOINT["Server"](lambda body: grade(body, trouble)) as server:
         settings = ["reward.answer=judge", f"reward.judge.base_url={server.url}", "reward.judge.model=scripted"]
         runs = {"facts": RunDirectory(args.out / "facts", config)}
         for stage in (record.record, think.think, sft.supervised):

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-ARMS = {"paper": "#D55E00", "none_divided": "#CC79A7", "none": "#777777", "calibrated": "#009E73"}
+ARMS = {"paper": "#D55E00", "none": "#777777", "calibrated": "#009E73"}
 NAMES = {
     "sft": "before (SFT)",
     "paper": "paper's tiers",

@@ -1,7 +1,7 @@
-"""Trains one policy under four rewards in a world where leaving the cache pays, and evaluates each with live tools.
+"""Trains one policy under three rewards in a world where leaving the cache pays, and evaluates each with live tools.
 
 Command:  python experiments/reward_hacking/run.py --out runs/reward_hacking
-Cost:     about 7 CPU-minutes a seed; goes on where it was stopped; --smoke is two steps of a tiny model, for the tests
+Cost:     about 6 CPU-minutes a seed; goes on where it was stopped; --smoke is two steps of a tiny model, for the tests
 Writes:   result.json, figure.png and table.md beside this file, or in the folder named by --result
 """
 
@@ -46,9 +46,8 @@ from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task
 from cacherl_jax.whole_files import write_json
 
-# How tiers count, and with the paper whether the group's standard deviation divides. All pay the paper's process reward, which
-# does not know what was asked.
-ARMS = {"paper": "paper", "none_divided": "none", "none": "none", "calibrated": "calibrated"}
+# How tiers count. All three pay the paper's process reward, which does not know what was asked.
+ARMS = ("paper", "none", "calibrated")
 AGENTS = ("expert", "expert", "hasty")
 HERE, SEEDS = Path(__file__).parent, [0, 1, 2]
 
@@ -131,7 +130,7 @@ class Seed:
         done = folder / "result.json"
         if done.is_file():
             return json.loads(done.read_text())
-        reward = dataclasses.replace(self.config.reward, tier=ARMS[arm])
+        reward = dataclasses.replace(self.config.reward, tier=arm)
         how = dataclasses.replace(self.config.grpo, divide_by_std=arm in DIVIDED)
         config, held_out = dataclasses.replace(self.config, reward=reward, grpo=how), self.cache("validation")
 
