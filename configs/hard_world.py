@@ -2,7 +2,7 @@
 
 Command:  cacherl demo --config configs/hard_world.py --out runs/hard_world
 Cost:     about 1,000 CPU-seconds and 1.5 GB on a laptop, no network
-Expect:   process accuracy about 0.48 after SFT, 0.70 after GRPO, 0.73 of the expert's clone; see experiments/live_control/
+Expect:   process accuracy about 0.49 after SFT, 0.71 after GRPO, 0.73 of the expert's clone; see experiments/live_control/
 """
 
 from cacherl_jax.config import Config, DataConfig, GrpoConfig, MemoryConfig, OptimizerConfig, SftConfig, TokenizerConfig
