@@ -137,16 +137,17 @@ def test_the_curve_lies_where_its_values_are():
 
 def test_ablations_run_and_compare_each_row_with_its_full_system(tmp_path):
     experiment = runpy.run_path(str(EXPERIMENTS / "ablations" / "run.py"))
-    experiment["main"](["--smoke", "--out", str(tmp_path), "--rows", "grpo", "tier", "reasoning"])
+    experiment["main"](["--smoke", "--out", str(tmp_path), "--rows", "grpo", "exact", "reasoning", "rejection"])
     result = json.loads((tmp_path / "result.json").read_text())
-    assert [row["removed"] for row in result["rows"]] == ["GRPO", "tier-aware reward", "written reasoning"]
-    assert {path.name for path in (tmp_path / "seed0").iterdir()} == {"full", "tier", "reasoning"} and result["seeds"] == [0]
+    parts = ["GRPO", "cache tiers (exact only)", "written reasoning", "rejection sampling"]
+    assert [row["removed"] for row in result["rows"]] == parts and result["seeds"] == [0]
+    assert {path.name for path in (tmp_path / "seed0").iterdir()} == {"full", "exact", "reasoning", "rounds"}
     assert result["rows"][2]["paper_relative"] == pytest.approx(-0.412, abs=1e-3) and result["rows"][0]["difference"]["n"] == 6
-    assert (tmp_path / "table.md").read_text().count("\n") == 5 and (tmp_path / "figure.png").is_file()
+    assert (tmp_path / "table.md").read_text().count("\n") == 6 and (tmp_path / "figure.png").is_file()
     # A command for other rows adds its own to them.
     old, path, add = result["rows"], tmp_path / "result.json", experiment["with_earlier"]
     new = {"removed": "KL"}, {"removed": "GRPO"}
-    assert add(new, [0], path) == [new[1], old[1], old[2], new[0]]
+    assert add(new, [0], path) == [new[1], *old[1:], new[0]]
     assert add(new, [0, 1], path) == add(new, [0], tmp_path / "none") == [*new[::-1]]
     # Without written reasoning the same episodes are shorter, and nothing else of the configuration differs.
     full, without = (RunDirectory(tmp_path / "seed0" / v, experiment["config_of"](v, 0, True)) for v in ("full", "reasoning"))
@@ -155,7 +156,7 @@ def test_ablations_run_and_compare_each_row_with_its_full_system(tmp_path):
     assert without.require("sft")["tokens"] < full.require("sft")["tokens"]
     # What only weighs answers begins with the full system's SFT, which is trained once.
     trained = {path.parent.parent.name for path in (tmp_path / "seed0").glob("*/sft/metrics.jsonl")}
-    copied = RunDirectory(tmp_path / "seed0" / "tier", experiment["config_of"]("tier", 0, True))
+    copied = RunDirectory(tmp_path / "seed0" / "exact", experiment["config_of"]("exact", 0, True))
     assert trained == {"full", "reasoning"} and copied.require("sft") == full.require("sft")
     variants = {policy.split(":")[0] for name in experiment["ROWS"] for policy in experiment["policies_of"](name)}
     assert variants == {"full", "tier", "exact", "reasoning", "rounds", "kl", "data", "thinking"}
