@@ -169,33 +169,43 @@ class PaidModel:
         return await asyncio.shield(task)  # who waits may be cancelled; what is paid for is stored
 
     async def _ask(self, request: Request) -> Reply:
+        """Where the endpoint failed on it but answers others, the request gets a second round of tries before it is given up."""
+        before = self._answered
+        reply, refusal = await self._pay(request)
+        if isinstance(refusal, Failed):
+            await self._until_another(request, refusal, before)
+            reply, refusal = await self._pay(request)
+        elif refusal is not None:
+            await self._until_another(request, refusal, 0)
+        self.asked += 1
+        # Not stored: it cost nothing, and another endpoint may take the request.
+        return reply if refusal is None else Reply("", problem=refusal.problem)
+
+    async def _pay(self, request: Request) -> tuple[Reply, Refused | None]:
+        """The reply, kept, or why there is none."""
         self._halt.check()
         await self._purse.reserve(request, self._halt)
-        reply, refusal = Reply(""), None  # nothing, should no reply come
-        before = self._answered
+        reply = Reply("")  # costs nothing, should none come
         try:
             reply = await self._model.complete(request)
-        except Refused as error:
-            refusal = error
+        except Refused as refusal:
+            return reply, refusal
         finally:
             money = await self._purse.settle(request, reply)
-        self.asked += 1
-        if refusal is not None:
-            await self._give_up(request, refusal, before)
-            return Reply("", problem=refusal.problem)  # not stored: it cost nothing, and another endpoint may take the request
         self._replies.put(request, reply, money)
         self._answered += 1
-        return reply
+        return reply, None
 
-    async def _give_up(self, request: Request, refusal: Refused, before: int) -> None:
-        """Returns when the endpoint is seen to work, so that it is this request that it is not for: once it has answered any,
-        and where it failed, any since the request began, when `before` were answered. Raises TeacherStopped where all others
-        on their way wait for the same, or where it failed, more than it is asked at a time: that takes long to find out."""
-        failed = isinstance(refusal, Failed)
+    async def _until_another(self, request: Request, refusal: Refused, before: int) -> None:
+        """Returns once more than `before` requests have been answered: the endpoint works, and it is this one that it is not
+        for. Raises TeacherStopped where all others on their way wait for the same; after a failure, which takes long to find
+        out, where more do than are asked at a time."""
         self._hopeless.add(request.key)
         try:
-            while self._answered <= (before if failed else 0):
-                enough = min(len(self._asking), self._concurrency + 1) if failed else len(self._asking)
+            while self._answered <= before:
+                enough = len(self._asking)
+                if isinstance(refusal, Failed):
+                    enough = min(enough, self._concurrency + 1)
                 if len(self._hopeless) >= enough:
                     raise TeacherStopped(f"{refusal}; what was done is kept, and the same command goes on") from refusal
                 await self._halt.pause(LOOK)

@@ -146,6 +146,19 @@ def test_what_the_endpoint_cannot_do_costs_only_itself(tmp_path, status, reason,
     assert [row["how"] for row in rows(tmp_path)] == ["empty"] * concurrency + ["written"] * (12 - concurrency)
 
 
+def test_an_outage_that_ends_loses_nothing(tmp_path):
+    """While it is away others wait as well; what was on its way then gets its reply after all."""
+    came = []
+
+    def answer(body):
+        came.append(body)
+        return Act(status=503) if 5 <= len(came) <= 8 else Act(GOOD, seconds=0.02)
+
+    with Server(answer) as server:
+        made = run(tmp_path, [single(n) for n in range(12)], teacher(server, retries=0))
+    assert (made["written"], made["rejected"], len(came)) == (12, {}, 12 + 4)
+
+
 def test_places_are_held_until_the_reply_is_there_and_refusals_are_forgotten(tmp_path):
     def answer(body):
         long = "Hello 7" in body["messages"][1]["content"]
