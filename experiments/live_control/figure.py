@@ -124,14 +124,20 @@ def tables(summary: dict[str, Any]) -> list[str]:
     arms = summary["arms"]
     lines = [*table(arms), "", *family_table(arms)]
     lines += ["", *tier_table(arms), ""]
-    lines.append(f"Live calls by seed: recording the initial policy {summary['live_calls_of_recording']}, RL with live tools")
-    lines.append(f"{arms['live']['live_calls_of_rl']}: the cache has paid for itself after {summary['runs_until_paid']:.2f} runs.")
-    lines.append(f"With the demonstrators' calls, which SFT needs anyway, {summary['live_calls_of_demonstrations']}: after")
-    lines.append(f"{summary['runs_until_paid_with_demonstrations']:.1f} runs.")
+    recording, demonstrated = summary["live_calls_of_recording"], summary["live_calls_of_demonstrations"]
+    lines.append(f"Live calls by seed: of recording the initial policy {_listed(recording)};")
+    lines.append(f"of RL with live tools {_listed(arms['live']['live_calls_of_rl'])}.")
+    paid, whole = summary["runs_until_paid"], summary["runs_until_paid_with_demonstrations"]
+    lines.append(f"The cache has paid for itself after {paid:.2f} runs; with the demonstrators' calls, which SFT needs anyway")
+    lines.append(f"({_listed(demonstrated)}), after {whole:.1f} runs.")
     if answers := summary.get("answers_only"):
         named = ", ".join(map(str, answers["seeds"]))
-        lines += ["", f"Paid by answers alone, seeds {named}:", "", *table(answers["arms"]), "", *family_table(answers["arms"])]
+        lines += ["", f"Paid by answers alone, seed {named}:", "", *table(answers["arms"]), "", *family_table(answers["arms"])]
     return lines
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(f"{number:,}" for number in numbers)
 
 
 def table(arms: dict[str, dict[str, Any]]) -> list[str]:
@@ -180,7 +186,9 @@ def draw(summary: dict[str, Any]) -> None:
         axis.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
         axis.set_ylabel(label)
     right.axhline(0, color=COLOURS["live"], lw=0.8)
-    figure.suptitle(f"{summary['test_tasks']} unseen tasks, {len(summary['seeds'])} seeds, 95 % intervals over seeds and tasks")
+    alone = f" (paid by answers alone: {len(summary['answers_only']['seeds'])})" if answers else ""
+    seeds = f"{len(summary['seeds'])} seeds{alone}"
+    figure.suptitle(f"{summary['test_tasks']} unseen tasks, {seeds}, 95 % intervals over seeds and tasks")
     figure.tight_layout()
     figure.savefig(HERE / "figure.png", dpi=150)
 
