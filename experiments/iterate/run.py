@@ -77,12 +77,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     plt = require("matplotlib.pyplot", "report")
     figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.6), constrained_layout=True, squeeze=False)
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        for source, colour in (("live", "#0072B2"), ("cached", "#E69F00")):
+        for source, colour, line in (("live", "#0072B2", "o-"), ("cached", "#E69F00", "x:")):  # often the same
             if source in result["versions"][0]:
                 points = [version[source]["process"] for version in result["versions"]]
                 errors = np.clip([[p["mean"] - p["low"] for p in points], [p["high"] - p["mean"] for p in points]], 0, None)
                 names = [version["version"] for version in result["versions"]]
-                axis.errorbar(names, [p["mean"] for p in points], errors, fmt="o-", color=colour, capsize=3, label=source)
+                axis.errorbar(names, [p["mean"] for p in points], errors, fmt=line, color=colour, capsize=3, label=source)
         axis.set(title=f"{name}, {result['tasks']} test tasks", ylabel="process accuracy", ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(loc="lower right")
