@@ -27,7 +27,7 @@ from cacherl_jax.whole_files import write_json
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs"
-# Together within an hour of one core. Every SFT of a world takes the same number of updates, whatever its rows.
+# Together 1.3 hours of one core. Every SFT of a world takes the same number of updates, whatever its rows.
 ROUNDS = {
     "demo": ["iterate.rejection.tasks=800", "iterate.mix.repeats=3"],
     "sgd_small": [
