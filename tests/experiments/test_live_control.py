@@ -1,12 +1,16 @@
 """The headline experiment from end to end, with a model that learns nothing."""
 
 import json
+import re
 import runpy
 import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from cacherl_jax.cache.lookup import recordings
+from cacherl_jax.config import ConfigError
 from cacherl_jax.tools.record import record
 from cacherl_jax.tools.world import LiveTools, make_tasks, tool_specs
 
@@ -34,6 +38,12 @@ def test_arms_share_tasks_and_weights_and_only_the_live_one_calls_tools(tmp_path
     before = capsys.readouterr().out
     runpy.run_path(str(FOLDER / "run.py"), run_name="__main__")  # done: only read
     assert capsys.readouterr().out == before
+    # An arm that was begun with something else does not go on.
+    path = tmp_path / "seed0" / arms[1] / "settings.json"
+    path.write_text(path.read_text().replace('"coverage": 0.6', '"coverage": 0.7'))
+    (path.parent / "result.json").unlink()
+    with pytest.raises(ConfigError, match=re.escape("other settings (coverage: 0.7 then, 0.6 now)")):
+        runpy.run_path(str(FOLDER / "run.py"), run_name="__main__")
 
 
 def test_the_table_compares_seed_by_seed_and_leaves_out_what_is_not_done(tmp_path, monkeypatch, capsys):
