@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacherl_jax.config import CACHE_PARTS, Config, ConfigError, RolloutConfig
+from cacherl_jax.config.basics import parts
 
 if TYPE_CHECKING:
     from cacherl_jax.cache.store import SQLiteStore
@@ -31,8 +32,15 @@ if TYPE_CHECKING:
     from cacherl_jax.types import Task, ToolSpec
 
 # What decides the tokens. Slots do not: rows in use change nothing.
-_PARTS = ("inputs", "seed", "model", "mesh", "memory.compute", *CACHE_PARTS, "tokenizer") + tuple(
-    f"rollout.{field.name}" for field in dataclasses.fields(RolloutConfig) if field.name != "slots"
+_PARTS = (
+    "inputs",
+    "seed",
+    "model",
+    "mesh",
+    "memory.compute",
+    *CACHE_PARTS,
+    "tokenizer",
+    *parts("rollout", RolloutConfig, slots=()),
 )
 
 
