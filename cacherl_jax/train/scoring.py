@@ -19,6 +19,7 @@ from cacherl_jax.reward.success import correlation, succeeded
 from cacherl_jax.train import advantages, stops
 from cacherl_jax.trajectory import Trajectory
 from cacherl_jax.types import Task, Tier, ToolSpec
+from cacherl_jax.whole_files import whole_lines
 
 MOST_FAILED = 0.1
 
@@ -192,10 +193,9 @@ def live_calls_of(paths: Iterable[Path]) -> int:
 def write_rollouts(path: Path, scored: Scored) -> None:
     """One JSON line an episode: the trajectory, its rewards with their components, weight and advantage. Rewritten whole when
     a step is redone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as f:
+    with whole_lines(path) as write:
         for i, trajectory in enumerate(scored.trajectories):
             parts = {name: float(values_N[i]) for name, values_N in scored.components.items()}
             rewards = {"answer": parts["answer"], "process": parts["process"], "weight": float(scored.weight_N[i])}
             rewards |= {"advantage": float(scored.advantage_N[i]), "components": parts}
-            f.write(json.dumps(trajectory.to_json() | {"rewards": rewards}) + "\n")
+            write(trajectory.to_json() | {"rewards": rewards})
